@@ -39,7 +39,7 @@ library: $(STAMP)
 
 bench: library ## compare with stock llama.cpp on this machine
 	@$(PY) scripts/build_llama --with-stock
-	@$(VENV)/bin/edge-run bench
+	@$(PY) scripts/bench_slices
 
 check-system: ## say what this system lacks
 	@scripts/check_system

@@ -1,0 +1,1 @@
+"""Side by side with stock llama.cpp: models to measure on, the stock side, and the measuring."""

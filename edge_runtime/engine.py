@@ -1,0 +1,427 @@
+"""The loop: draft → settle → publish or verify. Tokens inside, text outside.
+
+    tokens ──► S0 ──h──► S1 ──h──► … ──► Sm ──► logits
+          │         │         │
+          b0        b1        b2        boundaries, where a draft source may guess the next token
+
+Slice i has processed the first `n_done[i]` positions, and n_done[0] ≥ n_done[1] ≥ …: what slice i has not seen yet
+waits at boundary i, as tokens at boundary 0 and as hidden states at the others. A token that exits at a boundary
+simply stays waiting there. The next token that needs depth takes all waiting states with it, one batch per slice, so
+that every KV cache is exact for the text so far.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .draft import BoundaryView, DraftSource, Guess
+from .errors import PromptError, UsageError
+from .sampling import Sampler
+from .slices import Slice
+from .types import Audit, EngineSettings, EngineStats, Floats, Mode, Signals, Step, Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    """A guess that was taken: its token is the one at `position`."""
+
+    position: int
+    token: int
+    layer: int
+    top: int  # the head's likeliest token, what an audit compares
+    signals: tuple[tuple[int, Signals], ...]
+
+
+class WaitingStates:
+    """Hidden states of consecutive positions, first in, first out."""
+
+    def __init__(self, capacity: int, n_embd: int) -> None:
+        self._rows: Floats = np.empty((capacity, n_embd), np.float32)
+        self._first = self._end = 0
+
+    def __len__(self) -> int:
+        return self._end - self._first
+
+    def push(self, rows: Floats) -> None:
+        if self._first == self._end:
+            self._first = self._end = 0
+        elif self._end + len(rows) > len(self._rows):
+            self._rows[: len(self)] = self._rows[self._first : self._end].copy()
+            self._first, self._end = 0, len(self)
+        self._rows[self._end : self._end + len(rows)] = rows
+        self._end += len(rows)
+
+    def oldest(self, count: int) -> Floats:
+        """The oldest `count` states (count, n_embd), contiguous; a view."""
+        return self._rows[self._first : self._first + count]
+
+    def newest(self) -> Floats:
+        """The newest state (n_embd,); a view."""
+        state: Floats = self._rows[self._end - 1]
+        return state
+
+    def drop_oldest(self, count: int) -> None:
+        self._first += count
+
+    def drop_newest(self, count: int) -> None:
+        self._end -= count
+
+
+class Engine:
+    """Runs one sequence through `slices`. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        sampler: Sampler,
+        settings: EngineSettings,
+        thresholds: Callable[[], Thresholds],
+        source: DraftSource | None = None,
+        *,
+        n_ctx: int | None = None,
+    ) -> None:
+        """`thresholds` is called once per token and gives one entropy per boundary between the slices.
+
+        Raises UsageError unless the last slice gives `settings.cap + 1` rows of logits, as verifying and auditing need.
+        """
+        self.slices = list(slices)
+        self.sampler = sampler
+        self.settings = settings
+        self.stats = EngineStats()
+        self.tokens: list[int] = []  # prompt and published tokens; read only, see extend and rollback
+        self.n_ctx = min(n_ctx or self.slices[0].n_ctx, self.slices[0].n_ctx)
+        self._source = source
+        self._wants_logits = source is not None and source.wants_logits
+        self._thresholds = thresholds
+        self._last = len(self.slices) - 1
+        self._n_layer = self.slices[-1].end
+        self._n_batch = self.slices[0].n_batch
+        self._n_done = [0] * len(self.slices)
+        # [0] stays empty: what waits there are tokens
+        self._waiting = [WaitingStates(self._n_batch + settings.cap + 1, s.n_embd) for s in self.slices]
+        self._newest_row = 0  # the newest token's row in the latest batch
+        self._asked: tuple[tuple[int, Signals], ...] = ()  # signals seen on the newest token's way down
+        self._unaudited: list[_Exit] = []
+        self._audits: list[Audit] = []
+        self._last_state: Floats | None = None  # the last layer's state of the newest settled token
+        self._random = random.Random(settings.audit_seed)
+        self._speaks = [
+            source is not None and settings.mode is not Mode.FULL and source.speaks_at(b)
+            for b in range(len(self.slices))
+        ]
+        if settings.mode is not Mode.FULL and self.slices[-1].n_outputs_max <= settings.cap:
+            raise UsageError(
+                f"the last slice gives {self.slices[-1].n_outputs_max} rows of logits, "
+                f"a cap of {settings.cap} needs {settings.cap + 1}"
+            )
+
+    # ── the text ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add prompt tokens; the next step computes them. Raises PromptError if they do not fit the context."""
+        if len(self.tokens) + len(tokens) > self.n_ctx:
+            raise PromptError(
+                f"the prompt makes the text {len(self.tokens) + len(tokens)} tokens long, "
+                f"the context holds {self.n_ctx}",
+                "shorten it, or give a larger --ctx",
+            )
+        self.tokens.extend(tokens)
+        for token in tokens:
+            self.sampler.accept(token)
+
+    def rollback(self, length: int) -> None:
+        """Forget everything after the first `length` tokens, in every slice."""
+        del self.tokens[length:]
+        self._forget(length)
+        self._unaudited = [e for e in self._unaudited if e.position < length]
+        self._last_state = None
+
+    def reset(self) -> None:
+        """Start over: no text, fresh counts, random numbers from the seed."""
+        self.rollback(0)
+        self._audits.clear()
+        self._random.seed(self.settings.audit_seed)
+        self.sampler.reset()
+        self.stats = EngineStats()
+
+    def settle(self) -> Floats:
+        """Bring every token of the text to full depth; the logits (n_vocab,) that follow it, valid until the next step.
+
+        Raises PromptError without a text.
+        """
+        self._need_text()
+        try:
+            self._recompute_newest()
+            self._compute_long_prompt()
+            for b in range(self._last):
+                self._run_slice(b)
+            return self._settled_logits()
+        except BaseException:
+            self._recover(len(self.tokens))
+            raise
+
+    def generate(self, max_tokens: int) -> Generator[Step, None, None]:
+        """Publish up to `max_tokens` tokens, fewer if the context is full.
+
+        Wherever the caller stops iterating, and whatever interrupts it, the text ends with the last token handed out
+        and can be continued. Raises PromptError without a text, DecodeError if llama.cpp fails.
+        """
+        self._need_text()
+        n_text = len(self.tokens)
+        stop = min(n_text + max_tokens, self.n_ctx)
+        consistent = True
+        try:
+            while n_text < stop:
+                consistent = False
+                for step in self._next_steps():
+                    n_text += 1
+                    self._count(step)
+                    consistent = True
+                    yield step
+                    if n_text == stop:
+                        return
+                    consistent = False
+        finally:
+            if consistent:
+                self._forget(n_text)
+            else:
+                self._recover(n_text)
+
+    # ── draft → settle → publish | verify ───────────────────────────────────────────────────────────────────────────
+
+    def _next_steps(self) -> Iterator[Step]:
+        """Publish one token or, in mode verified, all that one settle confirms."""
+        self._recompute_newest()
+        self._compute_long_prompt()
+        if self.settings.mode is Mode.VERIFIED:
+            yield from self._verify(self._draft())
+            return
+        exit_ = self._descend()
+        yield self._publish_exit(exit_) if exit_ else self._publish_full(self._settled_logits())
+
+    def _draft(self) -> list[_Exit]:
+        """Draft until a token needs depth; the drafts are the last tokens of the text for as long as this lasts."""
+        drafts: list[_Exit] = []
+        self.sampler.begin_draft()
+        while (exit_ := self._descend()) is not None:
+            drafts.append(exit_)
+            self.tokens.append(exit_.token)
+        return drafts
+
+    def _descend(self) -> _Exit | None:
+        """Take the newest token from slice to slice until it exits, or until only the last slice is left (None)."""
+        limits = self._limits()
+        asked: list[tuple[int, Signals]] = []
+        for b in range(len(self.slices)):
+            if limits[b] > 0:
+                guess = self._ask(b)
+                if guess is not None:
+                    asked.append((self.slices[b].start, guess.signals))
+                    if guess.signals.entropy < limits[b]:
+                        return self._take(b, guess, tuple(asked))
+            if b < self._last:
+                self._run_slice(b, want_logits=self._wants_logits and limits[b + 1] > 0)
+        self._asked = tuple(asked)
+        return None
+
+    def _limits(self) -> list[float]:
+        """The entropy below which the newest token may exit, by boundary; 0 where it must not."""
+        limits = [0.0] * len(self.slices)
+        if self.settings.mode is Mode.FULL:
+            return limits
+        exit_below = self._thresholds().exit_below
+        if len(exit_below) != self._last:
+            raise UsageError(f"{len(exit_below)} thresholds were given for {self._last} boundaries")
+        n_waiting = len(self.tokens) - 1 - self._n_done[-1]
+        if n_waiting >= self.settings.cap or len(self.tokens) >= self.n_ctx:
+            return limits  # a forced settle
+        # before the first slice only verification makes a guess safe
+        limits[0] = math.inf if self._speaks[0] and self.settings.mode is Mode.VERIFIED else 0.0
+        for b, limit in enumerate(exit_below, start=1):
+            limits[b] = limit if self._speaks[b] else 0.0
+        return limits
+
+    def _ask(self, b: int) -> Guess | None:
+        """The source's guess, made at boundary b, for the token after the newest one."""
+        assert self._source is not None
+        hidden, logits = self._last_state, None
+        if b > 0:
+            hidden = self._waiting[b].newest()
+            logits = self.slices[b - 1].logits(self._newest_row) if self._wants_logits else None
+        elif self._n_done[-1] < len(self.tokens) - 1:
+            hidden = None  # the token before is itself a draft: full depth has not seen it
+        return self._source.guess(BoundaryView(b, self.tokens, hidden, logits))
+
+    def _take(self, b: int, guess: Guess, asked: tuple[tuple[int, Signals], ...]) -> _Exit:
+        choose = self.sampler.draft if self.settings.mode is Mode.VERIFIED else self.sampler.sample
+        best = int(guess.logits.argmax())
+        return _Exit(
+            position=len(self.tokens),
+            token=choose(guess.logits, guess.ids),
+            layer=self.slices[b].start,
+            top=best if guess.ids is None else int(guess.ids[best]),
+            signals=asked,
+        )
+
+    def _publish_exit(self, exit_: _Exit) -> Step:
+        self._publish(exit_.token)
+        if self._random.random() < self.settings.audit_rate:
+            self._unaudited.append(exit_)
+        return Step(exit_.token, exit_.position, exit_.layer, exit_.layer, exit_.signals, audits=self._new_audits())
+
+    def _publish_full(self, logits: Floats) -> Step:
+        position = len(self.tokens)
+        token = self.sampler.sample(logits)
+        self._publish(token)
+        return Step(token, position, self._n_layer, signals=self._asked, audits=self._new_audits())
+
+    def _verify(self, drafts: Sequence[_Exit]) -> Iterator[Step]:
+        """Settle the newest published token and its drafts; publish what full depth agrees with, and its own next."""
+        n_published = len(self.tokens) - len(drafts)
+        rows = self._run_last(range(n_published - 1, len(self.tokens)))
+        del self.tokens[n_published:]
+        self.stats.drafted += len(drafts)
+        for i, (logits, state) in enumerate(rows):
+            self._last_state = state
+            token = self.sampler.sample(logits)
+            draft = drafts[i] if i < len(drafts) else None
+            accepted = draft is not None and draft.token == token
+            if not accepted:
+                self._forget(n_published + i)
+            self._publish(token)
+            layer = draft.layer if draft is not None and accepted else None
+            yield Step(
+                token=token,
+                position=n_published + i,
+                depth=self._n_layer if layer is None else layer,
+                boundary=layer,
+                signals=self._asked if draft is None else draft.signals,
+                drafted=draft is not None,
+                accepted=accepted,
+                corrected=draft is not None and not accepted,
+            )
+            if not accepted:
+                return
+
+    # ── slices, and what waits between them ─────────────────────────────────────────────────────────────────────────
+
+    def _run_slice(self, b: int, *, want_logits: bool = False) -> None:
+        """Run all that waits at boundary b through slice b, which is not the last; it then waits at boundary b + 1."""
+        for start, count, newest in self._batches(b):
+            self._decode(b, start, count, (count - 1,) if want_logits and newest else ())
+            self._waiting[b + 1].push(self.slices[b].hidden(count))
+            self._newest_row = count - 1
+
+    def _run_last(self, positions: Sequence[int]) -> list[tuple[Floats, Floats | None]]:
+        """Run all that waits at the last boundary: (logits, last state if there is one) of `positions`, in order."""
+        piece = self.slices[-1]
+        found: list[tuple[Floats, Floats | None]] = []
+        for start, count, newest in self._batches(self._last):
+            rows = [p - start for p in positions if start <= p < start + count]
+            self._decode(self._last, start, count, rows)
+            self.stats.settles += 1
+            self.stats.settled_rows += count
+            states = piece.hidden(len(rows)).copy() if piece.has_hidden else None
+            for i, row in enumerate(rows):
+                # views of an earlier batch do not outlive the next one
+                logits = piece.logits(row) if newest else piece.logits(row).copy()
+                found.append((logits, None if states is None else states[i]))
+        return found
+
+    def _batches(self, b: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut what waits at boundary b into batches: (first position, count, whether it holds the newest token)."""
+        stop = len(self.tokens) if b == 0 else self._n_done[b - 1]
+        while (start := self._n_done[b]) < stop:
+            count = min(self._n_batch, stop - start)
+            yield start, count, start + count == stop
+
+    def _decode(self, b: int, start: int, count: int, want: Sequence[int]) -> None:
+        if b == 0:
+            self.slices[0].decode_tokens(self.tokens[start : start + count], start, want)
+        else:
+            self.slices[b].decode_states(self._waiting[b].oldest(count), start, want)
+            self._waiting[b].drop_oldest(count)
+        self._n_done[b] += count
+
+    def _settled_logits(self) -> Floats:
+        """Settle at the last slice: the logits after the newest token; exits due for an audit are judged on the way."""
+        newest = len(self.tokens) - 1
+        # the row that predicts position p is that of the token before it
+        positions = sorted({e.position - 1 for e in self._unaudited} | {newest})
+        rows = dict(zip(positions, self._run_last(positions), strict=True))
+        self._audit({p: logits for p, (logits, _) in rows.items()})
+        logits, self._last_state = rows[newest]
+        return logits
+
+    def _audit(self, logits: Mapping[int, Floats]) -> None:
+        """Compare the exits due with full depth's `logits` by position of the token before them."""
+        for e in self._unaudited:
+            self._audits.append(Audit(e.position, e.layer, int(logits[e.position - 1].argmax()) == e.top))
+        self._unaudited.clear()
+
+    def _compute_long_prompt(self) -> None:
+        """Bring all but the last batch of a long prompt to full depth, batch by batch, so that few states ever wait."""
+        text = self.tokens
+        while len(text) - self._n_done[0] > self._n_batch:
+            self.tokens = text[: self._n_done[0] + self._n_batch]
+            try:
+                for b in range(self._last):
+                    self._run_slice(b)
+                due = [e.position - 1 for e in self._unaudited]
+                self._audit(dict(zip(due, (row[0] for row in self._run_last(due)), strict=True)))
+            finally:
+                self.tokens = text
+
+    # ── bookkeeping ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _publish(self, token: int) -> None:
+        self.sampler.accept(token)
+        self.tokens.append(token)
+
+    def _new_audits(self) -> tuple[Audit, ...]:
+        audits = tuple(self._audits)
+        self._audits.clear()
+        return audits
+
+    def _need_text(self) -> None:
+        if not self.tokens:
+            raise PromptError("there is no text to continue", "give at least one token")
+
+    def _recompute_newest(self) -> None:
+        """The newest token's logits come from running it: forget it where it was run before."""
+        if self._n_done[0] >= len(self.tokens):
+            self._forget(len(self.tokens) - 1)
+
+    def _forget(self, length: int) -> None:
+        """Keep at most the first `length` positions in every slice and waiting list."""
+        for b, piece in enumerate(self.slices):
+            if self._n_done[b] > length:
+                piece.remove(length)
+            self._n_done[b] = min(self._n_done[b], length)
+            if b > 0:
+                kept = self._n_done[b - 1] - self._n_done[b]
+                self._waiting[b].drop_newest(len(self._waiting[b]) - kept)
+
+    def _recover(self, length: int) -> None:
+        """After an interruption anywhere: back to what every slice surely holds of the first `length` tokens."""
+        del self.tokens[length:]
+        settled = min(self._n_done[-1], length)
+        for b, piece in enumerate(self.slices):
+            piece.remove(settled)
+            self._n_done[b] = settled
+            self._waiting[b].drop_newest(len(self._waiting[b]))
+        self._unaudited.clear()
+
+    def _count(self, step: Step) -> None:
+        stats = self.stats
+        stats.published += 1
+        stats.exits += step.boundary is not None
+        stats.by_depth[step.depth] = stats.by_depth.get(step.depth, 0) + 1
+        stats.accepted += step.accepted
+        stats.audited += len(step.audits)
+        stats.disagreed += sum(not a.agreed for a in step.audits)

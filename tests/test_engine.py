@@ -1,0 +1,418 @@
+"""The engine against a slow, obvious oracle, on a model of whole numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.draft import BoundaryView, DraftSource, Guess, SharedHead
+from edge_runtime.engine import Engine
+from edge_runtime.errors import PromptError, UsageError
+from edge_runtime.sampling import Sampler
+from edge_runtime.signals import signals_of
+from edge_runtime.slices import Slice
+from edge_runtime.types import Audit, EngineSettings, Mode, Signals, Step, Thresholds
+
+from .fakes import FakeSlice, GreedySampler, Interrupted, fake_slices, oracle_logits, oracle_states
+
+N_LAYER = 6
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def make_engine(
+    mode: Mode = Mode.FULL,
+    boundaries: Sequence[int] = (2, 4),
+    thresholds: Callable[[], Thresholds] | float = math.inf,
+    *,
+    source: DraftSource | None = None,
+    cap: int = 4,
+    audit_rate: float = 1.0,
+    n_batch: int = 8,
+    n_ctx: int | None = None,
+    noisy: bool = False,
+    last_hidden: bool = False,
+) -> tuple[Engine, list[FakeSlice]]:
+    slices = fake_slices(boundaries, N_LAYER, n_batch=n_batch, n_outputs_max=cap + 1, last_hidden=last_hidden)
+    engine = Engine(
+        cast(list[Slice], slices),
+        cast(Sampler, GreedySampler(noisy)),
+        EngineSettings(mode=mode, cap=cap, audit_rate=audit_rate),
+        thresholds if callable(thresholds) else cycling([(thresholds,) * len(boundaries)]),
+        source or SharedHead(),
+        n_ctx=n_ctx,
+    )
+    return engine, slices
+
+
+def full_depth(prompt: Sequence[int], n: int, noisy: bool = False) -> list[int]:
+    """n tokens of the model itself."""
+    sampler, text = GreedySampler(noisy), list(prompt)
+    sampler.history = list(prompt)
+    for _ in range(n):
+        token = sampler.sample(oracle_logits(text, N_LAYER))
+        sampler.accept(token)
+        text.append(token)
+    return text[len(prompt) :]
+
+
+def assert_caches_exact(engine: Engine, slices: Sequence[FakeSlice]) -> None:
+    """Settled, every slice holds what a fresh full run over the same text would hold."""
+    text = list(engine.tokens)
+    assert np.array_equal(engine.settle(), oracle_logits(text, N_LAYER))
+    assert engine.tokens == text
+    for piece in slices:
+        assert piece.inputs == oracle_states(text, piece.start)
+
+
+class Scripted:
+    """Drafts given tokens at given boundaries: whatever a head, a feature head or an n-gram might say."""
+
+    wants_logits = False
+
+    def __init__(self, boundary: int, tokens: Callable[[Sequence[int]], int | None]) -> None:
+        self.boundary, self.tokens = boundary, tokens
+        self.views: list[BoundaryView] = []
+
+    def speaks_at(self, boundary: int) -> bool:
+        return boundary == self.boundary
+
+    def guess(self, view: BoundaryView) -> Guess | None:
+        self.views.append(
+            BoundaryView(view.boundary, list(view.tokens), None if view.hidden is None else view.hidden.copy(), None)
+        )
+        token = self.tokens(view.tokens)
+        if token is None:
+            return None
+        return Guess(np.zeros(1, np.float32), Signals(0.0, 1.0, 1.0), np.array([token], np.int32))
+
+
+# ── mode full ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("boundaries", [(), (3,), (1, 2, 3, 4, 5)])
+def test_full_is_the_model_itself(boundaries: tuple[int, ...]) -> None:
+    engine, slices = make_engine(boundaries=boundaries)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(12))
+    assert [s.token for s in steps] == full_depth(PROMPT, 12)
+    assert [s.position for s in steps] == list(range(5, 17))
+    assert {s.depth for s in steps} == {N_LAYER}
+    assert engine.stats.published == 12
+    assert engine.stats.mean_depth == N_LAYER
+    assert_caches_exact(engine, slices)
+
+
+def test_a_long_prompt_goes_through_in_batches() -> None:
+    engine, slices = make_engine(n_batch=4)
+    prompt = [i % 13 for i in range(19)]
+    engine.extend(prompt)
+    assert [s.token for s in engine.generate(3)] == full_depth(prompt, 3)
+    assert max(piece.largest_batch for piece in slices) == 4
+
+
+# ── mode verified ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.5, math.inf])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_verified_publishes_what_full_depth_would(threshold: float, noisy: bool) -> None:
+    engine, slices = make_engine(Mode.VERIFIED, thresholds=threshold, noisy=noisy)
+    engine.extend(PROMPT)
+    assert [s.token for s in engine.generate(40)] == full_depth(PROMPT, 40, noisy)
+    assert_caches_exact(engine, slices)
+
+
+@pytest.mark.parametrize("boundary", [0, 1, 2])
+def test_perfect_drafts_are_all_accepted(boundary: int) -> None:
+    source = Scripted(boundary, lambda text: full_depth(text, 1)[0])
+    engine, slices = make_engine(Mode.VERIFIED, source=source, cap=4)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(20))
+    assert [s.token for s in steps] == full_depth(PROMPT, 20)
+    assert engine.stats.acceptance == 1.0
+    # after the prompt each settle confirms four drafts and adds one token of its own
+    assert [s.accepted for s in steps] == [False, *([True] * 4 + [False]) * 3, *[True] * 4]
+    assert {s.boundary for s in steps if s.accepted} == {(0, 2, 4)[boundary]}
+    assert_caches_exact(engine, slices)
+
+
+@pytest.mark.parametrize("boundary", [0, 1, 2])
+def test_hopeless_drafts_cost_time_but_change_nothing(boundary: int) -> None:
+    source = Scripted(boundary, lambda text: (full_depth(text, 1)[0] + 1) % 13)
+    engine, slices = make_engine(Mode.VERIFIED, source=source)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(10))
+    assert [s.token for s in steps] == full_depth(PROMPT, 10)
+    assert engine.stats.accepted == 0
+    assert all(s.corrected and s.depth == N_LAYER for s in steps[1:])
+    assert_caches_exact(engine, slices)
+
+
+def test_the_wrong_draft_is_where_the_text_is_corrected() -> None:
+    right = full_depth(PROMPT, 20)
+
+    def third_is_wrong(text: Sequence[int]) -> int:
+        i = len(text) - len(PROMPT)
+        return right[i] if i != 3 else (right[i] + 1) % 13
+
+    engine, _ = make_engine(Mode.VERIFIED, source=Scripted(1, third_is_wrong), cap=4)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(5))
+    assert [s.token for s in steps] == right[:5]
+    assert [s.accepted for s in steps] == [False, True, True, False, True]
+    assert [s.corrected for s in steps] == [False, False, False, True, False]
+
+
+def test_a_source_before_the_first_slice_sees_the_last_state_of_settled_text_only() -> None:
+    source = Scripted(0, lambda text: full_depth(text, 1)[0] if len(text) % 3 else None)
+    engine, _ = make_engine(Mode.VERIFIED, source=source, last_hidden=True)
+    engine.extend(PROMPT)
+    list(engine.generate(12))
+    seen = 0
+    for view in source.views:
+        if view.hidden is not None:
+            seen += 1
+            assert view.hidden.tolist() == oracle_states(view.tokens[:-1], N_LAYER)[-1]
+    assert seen >= 3
+
+
+# ── mode exit ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def slow_exit_run(
+    prompt: Sequence[int], n: int, boundaries: Sequence[int], limits: Callable[[], Thresholds], cap: int
+) -> list[tuple[int, int]]:
+    """(token, depth) of every published token, by recomputing everything for each."""
+    text, waiting, published = list(prompt), len(prompt) - 1, []
+    for _ in range(n):
+        allowed = limits().exit_below
+        depth = N_LAYER
+        for boundary, limit in zip(boundaries, allowed, strict=True):
+            if waiting < cap and limit > 0 and signals_of(oracle_logits(text, boundary)).entropy < limit:
+                depth = boundary
+                break
+        waiting = 0 if depth == N_LAYER else waiting + 1
+        text.append(int(oracle_logits(text, depth).argmax()))
+        published.append((text[-1], depth))
+    return published
+
+
+def cycling(values: Sequence[tuple[float, ...]]) -> Callable[[], Thresholds]:
+    """Thresholds that differ from token to token, the same way each time."""
+    endless = itertools.cycle(values)
+    return lambda: Thresholds(next(endless))
+
+
+@pytest.mark.parametrize("cap", range(1, 33))
+def test_exit_leaves_every_cache_exact(cap: int) -> None:
+    values = [(0.0, 2.0), (2.3, 2.5), (math.inf, 0.0), (1.0, math.inf)]
+    engine, slices = make_engine(Mode.EXIT, thresholds=cycling(values), cap=cap)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(45))
+    assert [(s.token, s.depth) for s in steps] == slow_exit_run(PROMPT, 45, (2, 4), cycling(values), cap)
+    assert slices[-1].largest_batch <= max(cap + 1, len(PROMPT))
+    assert engine.stats.exits > 10
+    assert_caches_exact(engine, slices)
+
+
+def test_the_cap_forces_a_settle() -> None:
+    engine, slices = make_engine(Mode.EXIT, cap=3)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(13))
+    assert [s.depth for s in steps] == [6, 2, 2, 2, 6, 2, 2, 2, 6, 2, 2, 2, 6]
+    assert slices[-1].largest_batch == len(PROMPT)
+    assert engine.stats.settled_rows == len(PROMPT) + 12
+
+
+def test_audits_tell_the_truth_about_every_exit() -> None:
+    engine, _ = make_engine(Mode.EXIT, thresholds=2.4, cap=5)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(60))
+    text = PROMPT + [s.token for s in steps]
+    audits = [a for s in steps for a in s.audits]
+    exits = {s.position: s for s in steps if s.boundary is not None}
+    assert len(audits) > 20
+    for audit in audits:
+        assert audit.layer == exits[audit.position].depth
+        truth = int(oracle_logits(text[: audit.position], N_LAYER).argmax())
+        assert audit.agreed == (truth == text[audit.position])
+    last_settle = max(s.position for s in steps if s.boundary is None)
+    assert {a.position for a in audits} == {p for p in exits if p < last_settle}
+    assert engine.stats.audited == len(audits)
+    assert engine.stats.disagreed == sum(not a.agreed for a in audits)
+    assert 0 < engine.stats.disagreement < 1
+
+
+def test_audits_are_a_sample_of_the_exits() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=6, audit_rate=0.5)
+    engine.extend(PROMPT)
+    list(engine.generate(60))
+    assert 0.2 < engine.stats.audited / engine.stats.exits < 0.8
+
+
+def test_a_long_prompt_audits_the_exits_before_it() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=4, n_batch=8)
+    engine.extend(PROMPT)
+    list(engine.generate(5))
+    assert (engine.stats.exits, engine.stats.audited) == (4, 0)
+    engine.extend([1] * 30)  # settles them on the way, in several batches
+    (step,) = engine.generate(1)
+    assert [a.position for a in step.audits] == [6, 7, 8, 9]
+
+
+def test_thresholds_are_read_once_per_token() -> None:
+    calls = itertools.count()
+
+    def thresholds() -> Thresholds:
+        next(calls)
+        return Thresholds((0.0, 0.0))
+
+    engine, _ = make_engine(Mode.EXIT, thresholds=thresholds)
+    engine.extend(PROMPT)
+    list(engine.generate(7))
+    assert next(calls) == 7
+
+
+# ── stopping, resuming, forgetting ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_the_context_ends_the_text(mode: Mode) -> None:
+    engine, slices = make_engine(mode, n_ctx=20)
+    engine.extend(PROMPT)
+    assert len(list(engine.generate(100))) == 15
+    assert len(engine.tokens) == 20
+    assert list(engine.generate(5)) == []
+    assert_caches_exact(engine, slices)
+
+
+def test_a_prompt_that_does_not_fit_says_both_numbers() -> None:
+    engine, _ = make_engine(n_ctx=4)
+    with pytest.raises(PromptError, match=r"5 tokens long.*holds 4"):
+        engine.extend(PROMPT)
+    assert engine.tokens == []
+
+
+def test_no_text_no_tokens() -> None:
+    engine, _ = make_engine()
+    with pytest.raises(PromptError, match="no text"):
+        next(engine.generate(1))
+    with pytest.raises(PromptError, match="no text"):
+        engine.settle()
+
+
+def test_thresholds_must_fit_the_boundaries() -> None:
+    engine, _ = make_engine(Mode.EXIT, thresholds=lambda: Thresholds((1.0,)))
+    engine.extend(PROMPT)
+    with pytest.raises(UsageError, match="1 thresholds were given for 2 boundaries"):
+        next(engine.generate(1))
+
+
+def test_the_last_slice_must_give_enough_rows() -> None:
+    slices = cast(list[Slice], fake_slices((3,), N_LAYER, n_outputs_max=4))
+    with pytest.raises(UsageError, match="a cap of 4 needs 5"):
+        Engine(slices, cast(Sampler, GreedySampler()), EngineSettings(Mode.EXIT, cap=4), lambda: Thresholds((0.0,)))
+
+
+def test_reset_starts_from_nothing() -> None:
+    engine, slices = make_engine(Mode.EXIT, thresholds=2.4)
+    engine.extend(PROMPT)
+    first = list(engine.generate(15))
+    engine.reset()
+    assert engine.tokens == []
+    assert all(piece.inputs == [] for piece in slices)
+    engine.extend(PROMPT)
+    assert list(engine.generate(15)) == first
+
+
+def apply_actions(engine: Engine, slices: list[FakeSlice], actions: Sequence[tuple[Any, ...]]) -> None:
+    """Do to the engine what a careless caller would; after each the text must be what was handed out."""
+    for action in actions:
+        text = list(engine.tokens)
+        match action:
+            case ("generate", n, taken):
+                seen = [s.token for s in itertools.islice(engine.generate(n), taken)] if text else []
+                assert engine.tokens == text + seen
+            case ("extend", tokens):
+                engine.extend(tokens)
+            case ("rollback", share):
+                engine.rollback(int(len(text) * share))
+            case ("settle",):
+                if text:
+                    assert np.array_equal(engine.settle(), oracle_logits(text, N_LAYER))
+            case ("interrupt", which, after, n):
+                slices[which % len(slices)].interrupt_in = after
+                seen = []
+                try:
+                    for step in engine.generate(n) if text else ():
+                        seen.append(step.token)
+                except Interrupted:
+                    pass
+                slices[which % len(slices)].interrupt_in = None
+                assert engine.tokens == text + seen
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("generate"), st.integers(1, 12), st.integers(1, 12)),
+        st.tuples(st.just("extend"), st.lists(st.integers(0, 12), min_size=1, max_size=14)),
+        st.tuples(st.just("rollback"), st.floats(0, 1)),
+        st.tuples(st.just("settle")),
+        st.tuples(st.just("interrupt"), st.integers(0, 4), st.integers(0, 6), st.integers(1, 8)),
+    ),
+    max_size=8,
+)
+LIMITS = st.sampled_from([0.0, 1.0, 2.0, 2.4, 2.55, math.inf])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    mode=st.sampled_from(list(Mode)),
+    boundaries=st.lists(st.integers(1, N_LAYER - 1), unique=True, max_size=4).map(sorted),
+    data=st.data(),
+    cap=st.integers(1, 7),
+    n_batch=st.integers(2, 9),
+    actions=ACTIONS,
+)
+def test_whatever_is_done_to_it_the_caches_stay_exact(
+    mode: Mode, boundaries: list[int], data: st.DataObject, cap: int, n_batch: int, actions: list[tuple[Any, ...]]
+) -> None:
+    values = data.draw(st.lists(st.tuples(*[LIMITS for _ in boundaries]), min_size=1, max_size=5))
+    engine, slices = make_engine(mode, boundaries, cycling(values), cap=cap, n_batch=n_batch, audit_rate=0.7)
+    engine.extend(PROMPT)
+    apply_actions(engine, slices, actions)
+    assert len(engine.tokens) - 1 - len(slices[-1].inputs) <= max(cap, len(engine.tokens))
+    if engine.tokens:
+        assert_caches_exact(engine, slices)
+        if mode is not Mode.EXIT:
+            text = list(engine.tokens)
+            assert [s.token for s in engine.generate(6)] == full_depth(text, 6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    boundaries=st.lists(st.integers(1, N_LAYER - 1), unique=True, min_size=1, max_size=4).map(sorted),
+    data=st.data(),
+    cap=st.integers(1, 7),
+    n=st.integers(1, 40),
+)
+def test_exits_are_those_of_the_slow_run(boundaries: list[int], data: st.DataObject, cap: int, n: int) -> None:
+    values = data.draw(st.lists(st.tuples(*[LIMITS for _ in boundaries]), min_size=1, max_size=5))
+    engine, slices = make_engine(Mode.EXIT, boundaries, cycling(values), cap=cap)
+    engine.extend(PROMPT)
+    seen = [(s.token, s.depth) for s in engine.generate(n)]
+    assert seen == slow_exit_run(PROMPT, n, boundaries, cycling(values), cap)
+    assert_caches_exact(engine, slices)
+
+
+def test_steps_are_plain_data() -> None:
+    step = Step(1, 2, 3, audits=(Audit(1, 2, True),))
+    with pytest.raises(AttributeError):
+        step.token = 5  # type: ignore[misc]
