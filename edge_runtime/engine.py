@@ -136,10 +136,17 @@ class Engine:
 
     def rollback(self, length: int) -> None:
         """Forget everything after the first `length` tokens, in every slice."""
-        del self.tokens[length:]
+        if length < len(self.tokens):
+            del self.tokens[length:]
+            self.sampler.rewind(self.tokens)
         self._forget(length)
         self._unaudited = [e for e in self._unaudited if e.position < length]
         self._last_state = None
+
+    @property
+    def n_computed(self) -> int:
+        """How many tokens of the text have been through the first slice: what a longer text need not run again."""
+        return self._n_done[0]
 
     def reset(self) -> None:
         """Start over: no text, fresh counts, random numbers from the seed."""
@@ -294,12 +301,11 @@ class Engine:
             if not accepted:
                 self._forget(n_published + i)
             self._publish(token)
-            layer = draft.layer if draft is not None and accepted else None
             yield Step(
                 token=token,
                 position=n_published + i,
-                depth=self._n_layer if layer is None else layer,
-                boundary=layer,
+                depth=self._n_layer,
+                boundary=draft.layer if draft is not None and accepted else None,
                 signals=self._asked if draft is None else draft.signals,
                 drafted=draft is not None,
                 accepted=accepted,
@@ -410,6 +416,7 @@ class Engine:
     def _recover(self, length: int) -> None:
         """After an interruption anywhere: back to what every slice surely holds of the first `length` tokens."""
         del self.tokens[length:]
+        self.sampler.rewind(self.tokens)
         settled = min(self._n_done[-1], length)
         for b, piece in enumerate(self.slices):
             piece.remove(settled)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .native import Candidates, SamplerChain
 from .types import Floats, SamplingSettings, TokenIds
 
@@ -34,6 +36,10 @@ class Sampler:
         """Count a published or prompt token."""
         if not self._plain_greedy:
             self._chain.accept(token)
+
+    def rewind(self, text: Sequence[int]) -> None:
+        """Let the repeat penalty know of `text` and nothing else. The random numbers go on."""
+        self._chain.set_history(text)
 
     def begin_draft(self) -> None:
         """Start drafting from the state that the next published token will be chosen in."""

@@ -6,14 +6,22 @@ import numpy as np
 
 from .types import Floats, Signals
 
+# e^-80 of the likeliest token's weight: nothing, and yet finite where a logit is -infinity
+_NEGLIGIBLE = -80.0
+
 
 def signals_of(logits: Floats) -> Signals:
-    """Entropy (nats), top-1 probability and margin of softmax(logits), logits (n,) float32."""
-    shifted = logits - logits.max()
+    """Entropy (nats), top-1 probability and margin of softmax(logits), logits (n,) float32 with a finite maximum.
+
+    Entropy is log Σe^x − Σx·e^x / Σe^x, with x counted from the largest logit.
+    """
+    top = int(logits.argmax())
+    shifted = logits - logits[top]
+    np.maximum(shifted, _NEGLIGIBLE, out=shifted)
     weights = np.exp(shifted)
     total = float(weights.sum())
-    # H = log Σe^x - Σ x·e^x / Σe^x, one pass and no log of zero; rows at -inf carry no weight
-    weighted = float(np.dot(weights, np.where(weights > 0, shifted, 0)))
-    entropy = max(0.0, float(np.log(total)) - weighted / total)
-    second, first = np.partition(weights, -2)[-2:] / total if weights.size > 1 else (0.0, 1.0)
-    return Signals(entropy=entropy, top1=float(first), margin=float(first - second))
+    entropy = float(np.log(total)) - float(weights @ shifted) / total
+    weights[top] = 0.0
+    first, second = 1.0 / total, float(weights.max()) / total
+    # in this order max() keeps NaN, which is below no threshold
+    return Signals(entropy=max(entropy, 0.0), top1=first, margin=first - second)

@@ -73,14 +73,23 @@ class Slice(Context):
         try:
             found = json.loads(head)
             crc, size = found.pop("crc32"), found.pop("bytes")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise DecodeError("the saved slice state is damaged: its header cannot be read") from None
         for key, value in self._identity.items():
             if found.get(key) != value:
                 raise DecodeError(f"the saved state is of another slice: its {key} is {found.get(key)}, not {value}")
         if size != len(payload) or crc != zlib.crc32(payload):
             raise DecodeError("the saved slice state is damaged: its checksum does not match")
-        self.set_state(payload, seq_id)
+        # llama.cpp empties the sequence before it finds that a state does not fit, and not at all for an empty one
+        before = self.state(seq_id) if self.last_position(seq_id) >= 0 else b""
+        try:
+            self.remove(0, seq_id)
+            self.set_state(payload, seq_id)
+        except DecodeError:
+            self.remove(0, seq_id)
+            if before:
+                self.set_state(before, seq_id)
+            raise
 
 
 def open_slices(

@@ -82,7 +82,7 @@ class Step:
 
     token: int
     position: int
-    depth: int  # layers behind this choice; the model's layer count where it is full depth's
+    depth: int  # layers behind this choice; all of the model's where full depth chose or confirmed it
     boundary: int | None = None  # layer after which it left, 0 if guessed before the first; None: full depth
     signals: tuple[tuple[int, Signals], ...] = ()  # (layer, signals) of each boundary asked on the way
     drafted: bool = False  # a draft was verified for this position
@@ -140,7 +140,7 @@ class EngineStats:
     """Counts since the engine was made or `reset`; the engine adds, readers only read."""
 
     published: int = 0
-    exits: int = 0  # published tokens that left early
+    exits: int = 0  # published tokens that left early, confirmed drafts among them
     drafted: int = 0  # drafts sent to verification
     accepted: int = 0
     audited: int = 0

@@ -145,6 +145,9 @@ class GreedySampler:
     def accept(self, token: int) -> None:
         self.history.append(token)
 
+    def rewind(self, text: Sequence[int]) -> None:
+        self.history = list(text)
+
     def begin_draft(self) -> None:
         self._draft = list(self.history)
 

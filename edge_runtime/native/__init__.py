@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .context import Context, ContextOptions, KvType
 from .header import read_header
-from .library import BINDINGS_VERSION, BUILD_HINT, Api, expected_abi, load, struct_sizes
+from .library import BINDINGS_VERSION, BUILD_HINT, Api, exit_on_abort, expected_abi, load, struct_sizes
 from .model import Model
 from .sampler import Candidates, SamplerChain
 
@@ -18,6 +18,7 @@ __all__ = [
     "KvType",
     "Model",
     "SamplerChain",
+    "exit_on_abort",
     "expected_abi",
     "load",
     "read_header",

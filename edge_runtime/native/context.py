@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from ..errors import ContextFullError, DecodeError, LibraryError, MemoryLimitError, UsageError
 from ..types import Floats
 from .interrupt import interrupt_deferred
-from .library import load
+from .library import Closed, load
 from .model import Model
+
+_MAX_CTX = 2**31 - 1  # positions are of 32 bits
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class KvType(str, Enum):
@@ -50,6 +54,10 @@ class ContextOptions:
             raise UsageError("a q8_0 KV cache needs flash attention", "drop one of the two options")
         if min(self.n_ctx, self.n_batch, self.n_seq_max) < 1 or self.n_threads < 0:
             raise UsageError("context, batch and sequences must be at least 1, threads at least 0 (= all cores)")
+        limits = (self.n_ctx, _MAX_CTX, "tokens"), (self.n_seq_max, _MAX_SEQUENCES, "sequences")
+        for value, most, what in (*limits, (self.n_threads, _MAX_THREADS, "threads")):
+            if value > most:
+                raise UsageError(f"{value} {what} are too many: llama.cpp takes {most} at most")
 
 
 class Context:
@@ -71,6 +79,7 @@ class Context:
         """
         api = load()
         self._c, self._lib, self._log = api.c, api.lib, api.log
+        self._model, self._n_seq_max = model, options.n_seq_max
         self._n_vocab, self.n_embd = model.n_vocab, model.n_embd
         self.n_batch = min(options.n_batch, options.n_ctx)
         self.n_outputs_max = max(n_outputs_max, options.n_seq_max)
@@ -89,16 +98,19 @@ class Context:
         params.swa_full = True  # a rollback must find every position
         params.kv_unified = True
         params.no_perf = True
+        if not model.handle:
+            raise UsageError("this model is closed")
         # opening writes many lines to the log, which is a callback
         with self._log.fresh() as log, interrupt_deferred() as interrupted:
             self.handle = self._lib.edge_slice_init(model.handle, params, start, end, want_hidden)
+            reason = log.reason() or "llama.cpp gave no reason"
             if interrupted():
                 self.close()
         if not self.handle:
-            reason = log.last_error() or "llama.cpp gave no reason"
             kind = MemoryLimitError if "alloc" in reason else LibraryError
             raise kind(f"layers {start} to {end} cannot be opened: {reason}", "try a smaller --ctx")
         self._memory = self._c.llama_get_memory(self.handle)
+        model.contexts.add(self)
         self._make_batches()
 
     def _make_batches(self) -> None:
@@ -181,7 +193,8 @@ class Context:
             return
         if status == 1:
             raise ContextFullError(f"no room for {n} more tokens in the KV cache", "use a larger --ctx")
-        reason = self._log.last_error()
+        reason = self._log.reason()
+        self._log.clear()  # nobody does before a decode, and the next reason must not be this one
         raise DecodeError(f"llama.cpp failed on a batch of {n} (status {status}){': ' + reason if reason else ''}")
 
     def logits(self, row: int) -> Floats:
@@ -215,6 +228,7 @@ class Context:
 
     def remove(self, from_pos: int, seq_id: int = 0) -> None:
         """Forget positions from_pos and later of a sequence."""
+        self._check_sequence(seq_id)
         if not self._c.llama_memory_seq_rm(self._memory, seq_id, from_pos, -1):
             raise DecodeError(f"positions from {from_pos} cannot be removed from the KV cache")
 
@@ -223,22 +237,31 @@ class Context:
 
     def last_position(self, seq_id: int = 0) -> int:
         """Highest position held of a sequence, -1 if none."""
+        self._check_sequence(seq_id)
         return int(self._c.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def state(self, seq_id: int = 0) -> bytes:
         """The KV cache of one sequence, as llama.cpp writes it."""
+        self._check_sequence(seq_id)
         size = self._c.llama_state_seq_get_size(self.handle, seq_id)
         buffer = (ctypes.c_uint8 * size)()
         written = self._c.llama_state_seq_get_data(self.handle, buffer, size, seq_id)
         return bytes(buffer[:written]) if written < size else bytes(buffer)
 
     def set_state(self, data: bytes, seq_id: int = 0) -> None:
+        self._check_sequence(seq_id)
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         with self._log.fresh() as log:
             if self._c.llama_state_seq_set_data(self.handle, buffer, len(data), seq_id) == 0:
-                raise DecodeError(f"the saved state does not fit this slice: {log.last_error()}")
+                raise DecodeError(f"the saved state does not fit this slice: {log.reason()}")
+
+    def _check_sequence(self, seq_id: int) -> None:
+        if not 0 <= seq_id < self._n_seq_max:
+            raise UsageError(f"sequence {seq_id} is none of this slice's {self._n_seq_max}", "raise n_seq_max")
 
     def set_threads(self, n_threads: int) -> None:
+        if not 1 <= n_threads <= _MAX_THREADS:
+            raise UsageError(f"{n_threads} threads cannot be used", f"allowed: from 1 to {_MAX_THREADS}")
         self._c.llama_set_n_threads(self.handle, n_threads, n_threads)
 
     def synchronize(self) -> None:
@@ -252,5 +275,7 @@ class Context:
         if getattr(self, "handle", None):
             self._c.llama_free(self.handle)
             self.handle = None
+            self._model.contexts.discard(self)
+            self._c = self._lib = Closed("this slice")
             self._views.clear()
             self._hidden_view = None

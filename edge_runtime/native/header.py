@@ -9,9 +9,11 @@ from typing import Any
 from ..errors import ModelNotFoundError, ModelUnreadableError, UnsupportedModelError
 from ..types import ModelHeader
 from .library import GgufInitParams, load
+from .plausible import metadata_fault, tensor_fault
 
 # enum gguf_type
-_UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_CELLS = {_UINT32: ctypes.c_uint32, _INT32: ctypes.c_uint32, _BOOL: ctypes.c_uint8}
 _MAGIC = b"GGUF"
 
 
@@ -25,20 +27,32 @@ class _Gguf:
         index = self.lib.gguf_find_key(self.handle, key.encode())
         return index, self.lib.gguf_get_kv_type(self.handle, index) if index >= 0 else -1
 
-    def text(self, key: str) -> str:
+    def text(self, key: str, default: str = "") -> str:
         index, kind = self._find(key)
-        return self.lib.gguf_get_val_str(self.handle, index).decode("utf-8", "replace") if kind == _STRING else ""
+        return self.lib.gguf_get_val_str(self.handle, index).decode("utf-8", "replace") if kind == _STRING else default
+
+    def number(self, key: str, default: float) -> float:
+        index, kind = self._find(key)
+        return float(self.lib.gguf_get_val_f32(self.handle, index)) if kind == _FLOAT32 else default
+
+    def integers(self, key: str) -> list[int]:
+        """A 32-bit value, or the values of a per-layer array of them; empty if missing."""
+        index, kind = self._find(key)
+        if kind == _UINT32:
+            return [int(self.lib.gguf_get_val_u32(self.handle, index))]
+        cell = _CELLS.get(self.lib.gguf_get_arr_type(self.handle, index)) if kind == _ARRAY else None
+        if cell is None:
+            return []
+        count = self.lib.gguf_get_arr_n(self.handle, index)
+        data = ctypes.cast(self.lib.gguf_get_arr_data(self.handle, index), ctypes.POINTER(cell))
+        return [int(v) for v in data[:count]]
 
     def integer(self, key: str, default: int) -> int:
         """A 32-bit value, or the largest of a per-layer array of them."""
-        index, kind = self._find(key)
-        if kind == _UINT32:
-            return int(self.lib.gguf_get_val_u32(self.handle, index))
-        if kind == _ARRAY and self.lib.gguf_get_arr_type(self.handle, index) in (_UINT32, _INT32):
-            count = self.lib.gguf_get_arr_n(self.handle, index)
-            data = ctypes.cast(self.lib.gguf_get_arr_data(self.handle, index), ctypes.POINTER(ctypes.c_uint32))
-            return max((int(data[i]) for i in range(count)), default=default)
-        return default
+        return max(self.integers(key), default=default)
+
+    def is_list(self, key: str) -> bool:
+        return self._find(key)[1] == _ARRAY
 
     def array_length(self, key: str) -> int:
         index, kind = self._find(key)
@@ -48,7 +62,8 @@ class _Gguf:
 def read_header(path: str) -> ModelHeader:
     """Header of the GGUF at `path`.
 
-    Raises ModelNotFoundError, ModelUnreadableError (no GGUF, cut short) or UnsupportedModelError (vocabulary only).
+    Raises ModelNotFoundError, UnsupportedModelError (vocabulary only) or ModelUnreadableError: no GGUF, cut short, or
+    of a supported architecture and with values that llama.cpp would abort on.
     """
     _check_readable(path)
     api = load()
@@ -57,11 +72,15 @@ def read_header(path: str) -> ModelHeader:
         handle = api.lib.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
         if not handle:
             raise ModelUnreadableError(
-                f"{path} is cut short or damaged: {log.last_error() or 'its header cannot be parsed'}",
+                f"{path} is cut short or damaged: {log.reason() or 'its header cannot be parsed'}",
                 "download or copy the file again and compare its checksum",
             )
     try:
-        return _describe(_Gguf(api.lib, handle), path, file_bytes)
+        gguf = _Gguf(api.lib, handle)
+        header = _describe(gguf, path, file_bytes)
+        if header.architecture in api.supported_architectures:
+            _check_plausible(gguf, header)
+        return header
     finally:
         api.lib.gguf_free(handle)
 
@@ -71,6 +90,8 @@ def _check_readable(path: str) -> None:
         raise ModelUnreadableError(f"{path} is a directory, not a model file", "name the .gguf file inside it")
     if not os.path.exists(path):
         raise ModelNotFoundError(f"there is no file {path}", "`edge-run models` lists what can be named instead")
+    if not os.path.isfile(path):
+        raise ModelUnreadableError(f"{path} is a device or a pipe, not a file", "name a .gguf file")
     try:
         with open(path, "rb") as file:
             start = file.read(len(_MAGIC))
@@ -102,8 +123,9 @@ def _describe(gguf: _Gguf, path: str, file_bytes: int) -> ModelHeader:
     if n_tensors == 0:
         raise UnsupportedModelError(f"{path} holds a vocabulary only, no weights", "use the model's full GGUF file")
     n_embd = gguf.integer(f"{arch}.embedding_length", 0)
-    n_head = max(1, gguf.integer(f"{arch}.attention.head_count", 1))
-    head_size = n_embd // n_head
+    n_head = gguf.integer(f"{arch}.attention.head_count", 1)
+    # llama.cpp takes the first layer's heads for the size of all
+    head_size = n_embd // max([1, *gguf.integers(f"{arch}.attention.head_count")[:1]])
     return ModelHeader(
         path=path,
         architecture=arch,
@@ -119,3 +141,17 @@ def _describe(gguf: _Gguf, path: str, file_bytes: int) -> ModelHeader:
         tensor_bytes=sum(sizes),
         file_bytes=file_bytes,
     )
+
+
+def _check_plausible(gguf: _Gguf, header: ModelHeader) -> None:
+    names = ((i, gguf.lib.gguf_get_tensor_name(gguf.handle, i)) for i in range(header.n_tensors))
+    faults = (
+        tensor_fault(name.decode("utf-8", "replace"), gguf.lib.gguf_get_tensor_type(gguf.handle, i))
+        for i, name in names
+    )
+    fault = metadata_fault(gguf, header.architecture) or next(filter(None, faults), "")
+    if fault:
+        raise ModelUnreadableError(
+            f"{header.path} is damaged or of a kind that llama.cpp does not know: {fault}",
+            "convert or download the model again",
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._library import ENV_BINDINGS, ENV_OURS, library_dir
-from ..errors import LibraryError
+from ..errors import LibraryError, UsageError
 
 expected_abi = 1
 BINDINGS_VERSION = "0.3.36"
@@ -35,6 +37,8 @@ MIRRORED_STRUCTS = (
 )
 
 _LOG_ERROR = 4  # enum ggml_log_level
+_ABORT_HINT = "hint: the model file may be damaged or not what it says it is; download or convert it again"
+_keep_alive: list[Any] = []  # callbacks that C holds on to
 
 
 @dataclass(frozen=True)
@@ -71,24 +75,40 @@ class Log:
         if line.strip():
             self._lines.append((level, line.strip()))
 
-    def last_error(self) -> str:
-        """The latest error line without llama.cpp's function name in front, or ''."""
-        for level, line in reversed(self._lines):
+    def reason(self) -> str:
+        """The first error line without llama.cpp's function name in front, or ''; later ones only pass it on."""
+        for level, line in self._lines:
             if level == _LOG_ERROR:
                 return line.split(": ", 1)[-1]
         return ""
 
+    def clear(self) -> None:
+        self._lines.clear()
+
     @contextmanager
     def fresh(self) -> Iterator[Log]:
-        """Forget older lines, so that `last_error` speaks of what happens inside."""
-        self._lines.clear()
-        yield self
+        """Forget older lines, so that `reason` speaks of what happens inside, and these when it is over."""
+        self.clear()
+        try:
+            yield self
+        finally:
+            self.clear()
 
 
 def _already_loaded_elsewhere(wanted: Path) -> Path | None:
     module = sys.modules.get("llama_cpp.llama_cpp")
     base = getattr(module, "_base_path", None)
     return Path(base) if base is not None and Path(base).resolve() != wanted.resolve() else None
+
+
+class Closed:
+    """Takes the place of the library in what has been closed: using it is an error instead of a crash."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise UsageError(f"{self._what} is closed", "open it again, or close it later")
 
 
 @functools.cache
@@ -127,10 +147,35 @@ def load() -> Api:
     _check_struct_sizes(c, lib)
     log = Log()
     callback = c.llama_log_callback(log.write)
-    log.callback = callback  # type: ignore[attr-defined]  # kept alive as long as the log
+    _keep_alive.append(callback)
     c.llama_log_set(callback, ctypes.c_void_p(0))
     c.llama_backend_init()
     return Api(c, lib, log)
+
+
+def exit_on_abort() -> None:
+    """Where llama.cpp would abort the process, leave it with an error line, a hint and exit code 1 instead.
+
+    For programs, not for libraries: nothing is cleaned up.
+    """
+    lib = load().lib
+
+    def last_words(text: bytes | None) -> None:
+        # "/build/src/file.cpp:12: what happened", and the folder says nothing here
+        message = re.sub(r"^/\S*/", "", (text or b"an unexpected C++ exception").decode("utf-8", "replace"))
+        os.write(2, f"error: llama.cpp stopped: {message}\n{_ABORT_HINT}\n".encode())
+        os._exit(1)
+
+    abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(last_words)
+    terminate = ctypes.CFUNCTYPE(None)(lambda: last_words(None))
+    _keep_alive.extend((abort, terminate))
+    lib.ggml_set_abort_callback.restype = None
+    lib.ggml_set_abort_callback(abort)
+    # std::set_terminate, for exceptions that no C function may let through; absent where the runtime is linked in
+    set_terminate = getattr(lib, "_ZSt13set_terminatePFvvE", None)
+    if set_terminate is not None:
+        set_terminate.restype = None
+        set_terminate(terminate)
 
 
 def _check_ours(lib: Any, directory: Path) -> None:
@@ -162,6 +207,7 @@ def _declare(c: Any, lib: Any) -> None:
         "gguf_find_key": (i64, [pointer, text]),
         "gguf_get_kv_type": (ctypes.c_int, [pointer, i64]),
         "gguf_get_val_u32": (ctypes.c_uint32, [pointer, i64]),
+        "gguf_get_val_f32": (ctypes.c_float, [pointer, i64]),
         "gguf_get_val_str": (text, [pointer, i64]),
         "gguf_get_arr_type": (ctypes.c_int, [pointer, i64]),
         "gguf_get_arr_n": (ctypes.c_size_t, [pointer, i64]),
@@ -169,6 +215,7 @@ def _declare(c: Any, lib: Any) -> None:
         "gguf_get_n_tensors": (i64, [pointer]),
         "gguf_get_tensor_offset": (ctypes.c_size_t, [pointer, i64]),
         "gguf_get_tensor_size": (ctypes.c_size_t, [pointer, i64]),
+        "gguf_get_tensor_type": (ctypes.c_int, [pointer, i64]),
         "gguf_get_tensor_name": (text, [pointer, i64]),
         "ggml_time_us": (i64, []),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +44,13 @@ class SamplerChain:
     def __init__(self, settings: SamplingSettings, n_vocab: int) -> None:
         self._c = c = load().c
         self._handle = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        self._penalties: Any = None
+        self._window = settings.repeat_last_n
         if settings.repeat_penalty != 1.0 and settings.repeat_last_n:
-            self._add(
-                c.llama_sampler_init_penalties(n_vocab, settings.repeat_last_n, settings.repeat_penalty, 0.0, 0.0)
+            self._penalties = c.llama_sampler_init_penalties(
+                n_vocab, settings.repeat_last_n, settings.repeat_penalty, 0.0, 0.0
             )
+            self._add(self._penalties)
         if settings.temperature == 0:
             self._add(c.llama_sampler_init_greedy())
             return
@@ -69,6 +74,13 @@ class SamplerChain:
     def accept(self, token: int) -> None:
         """Count a published token for the repeat penalty."""
         self._c.llama_sampler_accept(self._handle, token)
+
+    def set_history(self, tokens: Sequence[int]) -> None:
+        """Let the repeat penalty count `tokens` and no others."""
+        if self._penalties is not None:
+            self._c.llama_sampler_reset(self._penalties)
+            for token in tokens[-self._window :]:
+                self._c.llama_sampler_accept(self._penalties, token)
 
     def copy_from(self, other: SamplerChain) -> None:
         """Take over another chain's random state and history; both must have the same settings."""

@@ -1,0 +1,5 @@
+"""`python -m edge_runtime` is `edge-run`."""
+
+from .entry import main
+
+main()

@@ -1,0 +1,220 @@
+"""A conversation on the terminal or through a pipe: what `edge-run chat` does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from . import display
+from .completion import answer, painter_of, text_writer
+from .errors import EdgeError, ModelError, UsageError
+from .generate import Chunk, Runtime
+from .options import RunArguments, parse_boundaries, run_options, start_library
+from .templates import Message
+from .text import check_text, decode_prompt
+from .types import Mode
+
+HELP = """\
+/help           this list
+/stats          how full the context is, and how the answers came about
+/reset          forget the conversation, keep the system message
+/system TEXT    another system message from here on; none without TEXT
+/mode NAME      full, exit or verified
+/quit           leave; so do Ctrl-D, and Ctrl-C at the prompt
+Ctrl-C          stops an answer; what there is of it stays
+A message that begins with / needs a space in front."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Who said what; the oldest turns go when the context is full."""
+
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def messages(self) -> list[Message]:
+        return [*([Message("system", self.system)] if self.system else []), *self.turns]
+
+    def fit(self, tokens_of: Callable[[Sequence[Message]], list[int]], room: int) -> tuple[list[int], int]:
+        """Tokens of the conversation, and how many messages had to be dropped to make them `room` at most.
+
+        Questions go together with their answers; the newest question always stays.
+        """
+        n_before = len(self.turns)
+        tokens = tokens_of(self.messages())
+        while len(tokens) > room and len(self.turns) > 2:
+            del self.turns[:2]
+            tokens = tokens_of(self.messages())
+        return tokens, n_before - len(self.turns)
+
+
+def chat(arguments: RunArguments) -> None:
+    """Talk until the input ends."""
+    options = run_options(arguments)
+    say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
+    start_library(verbose=arguments.verbose)
+    with Runtime(options, lambda text: say(f"warning: {text}")) as runtime:
+        if runtime.template is None:
+            raise ModelError(f"{runtime.header.path} has no chat template", "use `edge-run generate --raw`")
+        session = ChatSession(runtime, arguments, say)
+        on_terminal = _on_terminal()
+        if on_terminal:
+            say(f"{runtime.header.name or arguments.model}, mode {options.mode.value}. /help lists what can be typed.")
+        read = _terminal_reader() if on_terminal else _read_pipe
+        while (line := _read_line(read, on_terminal)) is not None:
+            try:
+                if not session.take(line):
+                    return
+            except EdgeError as error:
+                if not on_terminal:
+                    raise
+                display.tell(f"error: {error}")
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read_line(read: Callable[[], str | None], on_terminal: bool) -> str | None:
+    try:
+        return read()
+    except EdgeError as error:
+        if not on_terminal:
+            raise
+        display.tell(f"error: {error}")
+        return ""
+
+
+def _terminal_reader() -> Callable[[], str | None]:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() editing and history
+
+    def read() -> str | None:
+        prompt = "> "
+        if not sys.stdout.isatty():
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+            prompt = ""
+        try:
+            return check_text(input(prompt), "the message")
+        except EOFError:
+            display.tell("")
+            return None
+
+    return read
+
+
+def _read_pipe() -> str | None:
+    line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
+    return decode_prompt(line, "the message on stdin") if line else None
+
+
+class ChatSession:
+    """Takes lines, one after the other: commands and messages."""
+
+    def __init__(self, runtime: Runtime, arguments: RunArguments, say: Callable[[str], None]) -> None:
+        self.runtime, self.arguments, self.say = runtime, arguments, say
+        system = arguments.system
+        self._show_legend()
+        self.conversation = Conversation(None if system is None else check_text(system, "--system"))
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False if it says to leave. Raises EdgeError and goes on from the state before."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            self._reply(line)
+            return True
+        command, _, rest = line.strip().partition(" ")
+        actions: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: display.tell(HELP),
+            "/stats": lambda _: self._show_stats(),
+            "/reset": lambda _: self._reset(),
+            "/system": self._set_system,
+            "/mode": self._set_mode,
+        }
+        if command in ("/quit", "/exit"):
+            return False
+        if command not in actions:
+            raise UsageError(f"there is no command {command}", "/help lists them; a message needs a space before its /")
+        actions[command](rest.strip())
+        return True
+
+    def _reply(self, line: str) -> None:
+        turns = self.conversation.turns
+        turns.append(Message("user", line.strip()))
+        try:
+            tokens = self._fitting_tokens()
+            text = self._stream(tokens)
+        except BaseException:
+            turns.pop()
+            raise
+        if text:
+            turns.append(Message("assistant", text))
+        else:
+            # two questions in a row are more than some templates take
+            turns.pop()
+            self.say("note: there was no answer; the message is forgotten")
+
+    def _fitting_tokens(self) -> list[int]:
+        n_ctx = self.runtime.engine.n_ctx
+        # an answer of some length must fit, or dropping would begin again with every message
+        reserve = min(self.arguments.max_tokens, n_ctx // 4)
+        tokens, dropped = self.conversation.fit(self.runtime.chat_tokens, n_ctx - reserve)
+        if dropped:
+            self.say(
+                f"note: the conversation outgrew the context of {n_ctx} tokens: the model no longer sees its oldest "
+                f"{dropped} messages. /reset starts over, a larger --ctx holds more"
+            )
+        return tokens
+
+    def _stream(self, tokens: list[int]) -> str:
+        print_chunk = text_writer(self.runtime, self.arguments.show_exits)
+        parts: list[str] = []
+
+        def write(chunk: Chunk | None) -> None:
+            if chunk is not None:
+                parts.append(chunk.text)
+            print_chunk(chunk)
+
+        if not answer(self.runtime, tokens, self.arguments, write):
+            self.say("[stopped]")
+        else:
+            for text in display.footer(self.runtime.summary, seeded=False):
+                self.say(f"[{text}]")
+        return "".join(parts)
+
+    def _show_stats(self) -> None:
+        engine, stats = self.runtime.engine, self.runtime.engine.stats
+        display.tell(f"context: {len(engine.tokens)} of {engine.n_ctx} tokens")
+        display.tell(f"messages: {len(self.conversation.turns)}, generated tokens: {stats.published}")
+        if stats.published:
+            display.tell(f"mean depth: {stats.mean_depth:.1f} of {self.runtime.model.n_layer} layers")
+        display.tell(f"left early: {stats.exits}, drafts accepted: {stats.accepted} of {stats.drafted}")
+        display.tell(f"audited exits that full depth disagreed with: {stats.disagreed} of {stats.audited}")
+        display.tell(f"seed: {self.runtime.options.sampling.seed}")
+
+    def _reset(self) -> None:
+        self.conversation.turns.clear()
+        self.runtime.engine.reset()
+        self.say("the conversation is forgotten")
+
+    def _set_system(self, text: str) -> None:
+        self.conversation.system = text or None
+        self.say("the system message is set" if text else "there is no system message now")
+
+    def _set_mode(self, name: str) -> None:
+        modes = [mode.value for mode in Mode]
+        if name not in modes:
+            raise UsageError(f"there is no mode '{name}'", f"give one of {', '.join(modes)}")
+        boundaries = parse_boundaries(self.arguments.boundaries)
+        self.runtime.reopen(dataclasses.replace(self.runtime.options, mode=Mode(name), boundaries=boundaries))
+        self.say(f"mode {name}")
+        self._show_legend()
+
+    def _show_legend(self) -> None:
+        if self.arguments.show_exits:
+            self.say(painter_of(self.runtime).legend())

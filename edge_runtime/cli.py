@@ -1,0 +1,168 @@
+"""The command line: each verb parses its options and calls one function. Verbs import what they need when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .models import DEMO_MODEL
+from .options import (
+    BoundariesOption,
+    JsonOption,
+    ModelOption,
+    RunArguments,
+    ThreadsOption,
+    VerboseOption,
+    expand_arguments,
+)
+
+app = typer.Typer(
+    name="edge-run",
+    help="Run GGUF language models with a depth that adapts per token.",
+    epilog="""\b
+Examples:
+  edge-run generate "Why is the sky blue?"
+  edge-run generate --mode verified --show-exits "Why is the sky blue?"
+  edge-run chat --model ./model.gguf
+  edge-run doctor""",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def app_command() -> Any:
+    """The whole command line as one click command."""
+    return typer.main.get_command(app)
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """The code of a verb's or `--help`'s wish to exit, None for other exceptions."""
+    return error.exit_code if isinstance(error, typer.Exit) else None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edge-run {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  edge-run generate "Why is the sky blue?"
+  edge-run generate --temperature 0.8 --seed 7 --max-tokens 200 "A poem on rain"
+  edge-run generate --mode exit --boundaries 24,28 --threshold 0.3 --show-exits "Tell me about Paris."
+  edge-run generate --raw --stop "." "Once upon a time"
+  edge-run generate --json --file prompt.txt | jq .depth
+  git diff | edge-run generate --system "Summarise this change."
+
+\b
+The answer goes to stdout, all else to stderr. A prompt from a file or pipe loses one newline at its end.
+With --json: one object per token, whose texts joined are the answer, then {"summary": ...}."""
+)
+@expand_arguments
+def generate(
+    run: RunArguments,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing: from a pipe.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one prompt."""
+    from .completion import Request, complete
+
+    complete(Request(prompt, file, raw, as_json), run)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  edge-run chat
+  edge-run chat --mode verified --show-exits --system "Answer briefly."
+  printf 'Hello\\nWho was Ada Lovelace?\\n' | edge-run chat --quiet
+
+\b
+/help lists what can be typed. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does. What was said stays
+computed between turns. When the context is full, the oldest turns are dropped, and a note says so."""
+)
+@expand_arguments
+def chat(run: RunArguments) -> None:
+    """Talk with a model."""
+    from .chat import chat
+
+    chat(run)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  edge-run lens "The capital of France is"
+  edge-run lens --boundaries 10,20,25 --png lens.png "The capital of France is"
+  edge-run lens --json --file text.txt
+
+\b
+A table: for each token of the text, the next token that each depth would choose and its entropy in nats."""
+)
+def lens(
+    text: Annotated[str | None, typer.Argument(help="The text; - or nothing: from a pipe.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the text from a file.")] = None,
+    model: ModelOption = DEMO_MODEL,
+    boundaries: BoundariesOption = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw a picture into this file.")] = None,
+    as_json: JsonOption = False,
+    threads: ThreadsOption = 0,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what each depth of a model would say next."""
+    from .lens_view import LensRequest, show_lens
+
+    show_lens(LensRequest(text, file, model, boundaries, threads, png, as_json, verbose))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  edge-run doctor
+  edge-run doctor --model ./model.gguf
+  edge-run doctor --json
+
+\b
+Exit code 1 if something needed is missing."""
+)
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Also check this model.", metavar="MODEL")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the installation."""
+    from .doctor import doctor
+
+    if not doctor(model, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  edge-run models
+  EDGE_RUNTIME_MODELS=~/models:/srv/models edge-run models --json"""
+)
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have a name, and where they are looked for."""
+    from .listing import list_models
+
+    list_models(as_json=as_json)

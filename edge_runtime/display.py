@@ -1,0 +1,167 @@
+"""What a person or a program sees of an answer: painted tokens, footers, JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from .generate import Chunk
+from .summary import Finish, Summary
+from .types import Mode
+
+_RESET = "\x1b[0m"
+_REFUSED = "\x1b[30;48;5;217m"
+# black on light backgrounds, which also show spaces: green for the earliest boundary, then towards yellow
+_EXIT_COLOURS = tuple(f"\x1b[30;48;5;{n}m" for n in (120, 123, 159, 183, 223, 229))
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def tell(text: str) -> None:
+    """A line for the person, not for a program."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Colour on a terminal, unless NO_COLOR says no or FORCE_COLOR says yes."""
+    if environment.get("NO_COLOR"):
+        return False
+    return bool(environment.get("FORCE_COLOR")) or (stream.isatty() and environment.get("TERM") != "dumb")
+
+
+def harmless(text: str) -> str:
+    """`text` without the control characters that could command a terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class ExitPainter:
+    """Marks each token with the depth it came from, by colour or, without colour, by a sign behind it."""
+
+    def __init__(self, mode: Mode, boundaries: tuple[int, ...], n_layer: int, *, colour: bool, unicode: bool) -> None:
+        self._verified = mode is Mode.VERIFIED
+        self._boundaries, self._n_layer, self._colour = boundaries, n_layer, colour
+        self._left, self._accepted, self._corrected = ("⌄", "✓", "✗") if unicode else ("^", "+", "!")
+
+    def legend(self) -> str:
+        """One line that explains the marks."""
+        sign = self._accepted if self._verified else self._left
+        what = "drafted after layer {} and accepted" if self._verified else "left after layer {}"
+        entries = [
+            f"{_colour_of(i)}{what.format(layer)}{_RESET}" if self._colour else f"{sign}{layer} {what.format(layer)}"
+            for i, layer in enumerate(self._boundaries)
+        ]
+        if self._verified:
+            refused = "draft refused, corrected"
+            entries.append(f"{_REFUSED}{refused}{_RESET}" if self._colour else f"{self._corrected} {refused}")
+        return "; ".join([*entries, f"no mark: full depth, {self._n_layer} layers"])
+
+    def paint(self, chunk: Chunk) -> str:
+        """The chunk's text with its mark; line ends stay outside of it."""
+        body = chunk.text.rstrip("\n")
+        step, tail = chunk.step, chunk.text[len(body) :]
+        if not chunk.text or (step.boundary is None and not step.corrected):
+            return chunk.text
+        if self._colour:
+            earlier = sum(layer < (step.boundary or 0) for layer in self._boundaries)
+            start = _REFUSED if step.corrected else _colour_of(earlier)
+            return f"{start}{body or ' '}{_RESET}{tail}"
+        if step.corrected:
+            return f"{body}{self._corrected}{tail}"
+        return f"{body}{self._accepted if self._verified else self._left}{step.boundary}{tail}"
+
+
+def _colour_of(index: int) -> str:
+    return _EXIT_COLOURS[min(index, len(_EXIT_COLOURS) - 1)]
+
+
+def speaks_unicode(stream: TextIO) -> bool:
+    """Whether a stream can show the signs of the painter."""
+    try:
+        "⌄✓✗".encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_line(value: Any) -> str:
+    """One line of valid JSON, with its end; what is not a finite number becomes null."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def write_json(value: Any) -> None:
+    """Print one line of JSON. One write, so that Ctrl-C finds the line whole or not there."""
+    sys.stdout.write(json_line(value))
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def chunk_record(chunk: Chunk) -> dict[str, Any]:
+    """A chunk for JSON."""
+    step = chunk.step
+    return {
+        "token": step.token,
+        "text": chunk.text,
+        "position": step.position,
+        "depth": step.depth,
+        "boundary": step.boundary,
+        "signals": [{"layer": layer, **dataclasses.asdict(signals)} for layer, signals in step.signals],
+        "drafted": step.drafted,
+        "accepted": step.accepted,
+        "corrected": step.corrected,
+        "audits": [dataclasses.asdict(audit) for audit in step.audits],
+    }
+
+
+def footer(summary: Summary, *, seeded: bool) -> list[str]:
+    """The summary in words, one line each for the speed, the depth, and an end that is not the answer's own."""
+    speed = [f"{summary.generated_tokens} tokens"]
+    if summary.time_to_first_token_ms is not None:
+        speed.append(f"first after {summary.time_to_first_token_ms:.0f} ms")
+    if summary.prefill_tokens_per_s is not None:
+        new = summary.prompt_tokens - summary.reused_tokens
+        speed.append(f"prefill {summary.prefill_tokens_per_s:.1f} tokens/s of {new}")
+    if summary.reused_tokens:
+        speed.append(f"{summary.reused_tokens} reused")
+    if summary.decode_tokens_per_s is not None:
+        speed.append(f"decode {summary.decode_tokens_per_s:.1f} tokens/s")
+    if seeded:
+        speed.append(f"seed {summary.seed}")
+    return [", ".join(speed), *_depth_line(summary), *_end_line(summary)]
+
+
+def _depth_line(summary: Summary) -> list[str]:
+    if summary.mean_depth is None:
+        return []
+    depth = f"mode {summary.mode}: mean depth {summary.mean_depth:.1f} of {summary.n_layer} layers"
+    if summary.mode == Mode.FULL.value:
+        return [depth]
+    if summary.mode == Mode.VERIFIED.value:
+        share = "" if summary.acceptance is None else f" ({summary.acceptance:.0%})"
+        return [f"{depth}, every token confirmed there, {summary.accepted} of {summary.drafted} drafts accepted{share}"]
+    if summary.disagreement is None:
+        return [f"{depth}, {summary.exits} left early, none of them compared with full depth"]
+    audits = f"{summary.disagreed} of {summary.audited} audited ({summary.disagreement:.0%})"
+    return [f"{depth}, {summary.exits} left early, full depth disagreed with {audits}"]
+
+
+def _end_line(summary: Summary) -> list[str]:
+    words = {
+        Finish.MAX_TOKENS: f"the answer was cut after {summary.generated_tokens} tokens: give a larger --max-tokens",
+        Finish.CONTEXT_FULL: "the answer was cut because the context is full: give a larger --ctx",
+        Finish.INTERRUPTED: "the answer was interrupted",
+    }
+    return [words[Finish(summary.finish)]] if Finish(summary.finish) in words else []

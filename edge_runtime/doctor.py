@@ -1,0 +1,210 @@
+"""What this installation has and lacks: each part checked on its own, so that one missing part hides no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import psutil
+
+from . import __version__, display
+from ._library import ENV_BINDINGS, ENV_OURS, library_dir
+from .errors import EdgeError
+from .generate import checked_header
+from .memory import machine_memory
+from .models import DEMO_HINT, DEMO_MODEL, demo_model_path
+from .native import BINDINGS_VERSION, BUILD_HINT, Api, expected_abi, load, struct_sizes
+from .slices import default_threads
+
+_EDGE_FUNCTIONS = (
+    "edge_abi_version",
+    "edge_supported_archs",
+    "edge_model_supported",
+    "edge_sizeof",
+    "edge_slice_init",
+    "edge_slice_hidden",
+)
+
+
+class Status(str, Enum):
+    """How a part is doing."""
+
+    OK = "ok"
+    OPTIONAL = "optional"  # missing, and not needed to run
+    MISSING = "missing"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding."""
+
+    part: str
+    status: Status
+    detail: str
+    hint: str = ""
+
+    @property
+    def fails(self) -> bool:
+        return self.status in (Status.MISSING, Status.PROBLEM)
+
+
+def examine(model: str | None) -> list[Check]:
+    """Every check, in the order in which things build on each other."""
+    checks = [_python(), _bindings(), _library_files(), *_manifest(library_dir())]
+    try:
+        api = load()
+    except EdgeError as error:
+        checks.append(Check("library", Status.PROBLEM, error.message, error.hint))
+    else:
+        checks += _loaded_library(api)
+    checks += [_threads(), _memory(), _demo_model()]
+    if model is not None:
+        checks.append(_model(model))
+    return [*checks, _matplotlib(), *_build_tools()]
+
+
+def doctor(model: str | None, *, as_json: bool) -> bool:
+    """Print the checks; True if nothing needed is missing."""
+    checks = examine(model)
+    healthy = not any(check.fails for check in checks)
+    if as_json:
+        display.write_json({"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]})
+        return healthy
+    width = max(len(check.part) for check in checks)
+    for check in checks:
+        print(f"{check.status.value:<8}  {check.part:<{width}}  {check.detail}")
+        if check.hint and check.status is not Status.OK:
+            print(f"{'':<8}  {'':<{width}}  hint: {check.hint}")
+    failed = sum(check.fails for check in checks)
+    display.tell("all that is needed is there" if healthy else f"{failed} of {len(checks)} checks failed")
+    return healthy
+
+
+# ── the parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _python() -> Check:
+    detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}, edge-runtime {__version__}"
+    return Check(
+        "python", Status.OK if sys.version_info >= (3, 10) else Status.PROBLEM, detail, "use Python 3.10 or later"
+    )
+
+
+def _bindings() -> Check:
+    hint = f"pip install llama-cpp-python=={BINDINGS_VERSION}"
+    try:
+        version = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("bindings", Status.MISSING, "llama-cpp-python is not installed", hint)
+    if version != BINDINGS_VERSION:
+        return Check("bindings", Status.PROBLEM, f"llama-cpp-python {version}, needed: {BINDINGS_VERSION}", hint)
+    return Check("bindings", Status.OK, f"llama-cpp-python {version}")
+
+
+def _library_files() -> Check:
+    folder = library_dir()
+    chosen = next((f", from ${name}" for name in (ENV_OURS, ENV_BINDINGS) if os.environ.get(name) == str(folder)), "")
+    if folder == Path(__file__).parent / "lib":
+        chosen = ""  # point_bindings has set the variable itself
+    files = sorted(folder.glob("libllama.*"))
+    if not files:
+        return Check("library file", Status.MISSING, f"no libllama in {folder}{chosen}", BUILD_HINT)
+    return Check("library file", Status.OK, f"{files[0]}{chosen}")
+
+
+def _manifest(folder: Path) -> Iterator[Check]:
+    """What the build wrote about itself."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        yield Check("build", Status.OPTIONAL, f"no manifest.json in {folder}: how it was built is unknown")
+        return
+    try:
+        found = json.loads(path.read_text())
+        made_of = f"{found['package']} {found['version']}, llama.cpp {found['llama_cpp_commit']}"
+        yield Check("source", Status.OK, f"{made_of}, patches: {', '.join(_patch_names(found['patches']))}")
+        flags = " ".join(found["flags"])
+        yield Check("build", Status.OK, f"for device {found['device']} by {found['compiler']}, flags: {flags}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Check("build", Status.PROBLEM, f"{path} cannot be read: {error!r}", BUILD_HINT)
+
+
+def _patch_names(patches: dict[str, str]) -> list[str]:
+    return [name.removesuffix(".patch") for name in patches if name.endswith(".patch")]
+
+
+def _loaded_library(api: Api) -> Iterator[Check]:
+    missing = [name for name in _EDGE_FUNCTIONS if not hasattr(api.lib, name)]
+    detail = (
+        f"lacks {', '.join(missing)}" if missing else f"ABI {expected_abi}, {len(_EDGE_FUNCTIONS)} edge_* functions"
+    )
+    yield Check("library", Status.PROBLEM if missing else Status.OK, detail, BUILD_HINT)
+    sizes = struct_sizes(api.c, api.lib)
+    wrong = [f"{name} {ours} here, {theirs} there" for name, (ours, theirs) in sizes.items() if ours != theirs]
+    detail = "; ".join(wrong) or f"{len(sizes)} structs have equal sizes in bindings and library"
+    yield Check("structs", Status.PROBLEM if wrong else Status.OK, detail, BUILD_HINT)
+    yield Check("architectures", Status.OK, ", ".join(api.supported_architectures))
+    yield Check("cpu features", Status.OK, api.system_info)
+
+
+def _threads() -> Check:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = psutil.cpu_count(logical=False) or "unknown"
+    return Check(
+        "threads",
+        Status.OK,
+        f"{default_threads()}: the machine has {cores} physical cores, this process may use {usable}",
+    )
+
+
+def _memory() -> Check:
+    memory, whole = machine_memory(), psutil.virtual_memory().total
+    limit = "" if memory.total == whole else f" (a control group's limit; the machine has {whole / 2**30:.1f} GiB)"
+    return Check(
+        "memory", Status.OK, f"{memory.total / 2**30:.1f} GiB{limit}, {memory.available / 2**30:.1f} GiB available"
+    )
+
+
+def _demo_model() -> Check:
+    path = demo_model_path()
+    if path is None:
+        return Check("demo model", Status.OPTIONAL, f"{DEMO_MODEL} is not installed", DEMO_HINT)
+    return Check("demo model", Status.OK, f"{DEMO_MODEL}: {path}")
+
+
+def _model(name: str) -> Check:
+    try:
+        header = checked_header(name)
+    except EdgeError as error:
+        return Check("model", Status.PROBLEM, error.message, error.hint)
+    size = f"{header.file_bytes / 2**20:.0f} MiB"
+    return Check("model", Status.OK, f"{header.path}: {header.architecture}, {header.n_layer} layers, {size}")
+
+
+def _matplotlib() -> Check:
+    if importlib.util.find_spec("matplotlib") is None:
+        return Check(
+            "matplotlib", Status.OPTIONAL, "draws the pictures of `lens --png`", "pip install 'edge-runtime[plot]'"
+        )
+    return Check("matplotlib", Status.OK, importlib.metadata.version("matplotlib"))
+
+
+def _build_tools() -> Iterator[Check]:
+    needed = {"compiler": (os.environ.get("CXX", "c++"), "g++", "clang++"), "cmake": ("cmake",), "patch": ("patch",)}
+    for part, programs in needed.items():
+        path = next((found for program in programs if (found := shutil.which(program))), None)
+        if path:
+            yield Check(part, Status.OK, path)
+        else:
+            hint = "on Debian and its kin: apt install g++ cmake patch; on macOS: xcode-select --install"
+            yield Check(part, Status.OPTIONAL, "needed only to rebuild the library", hint)

@@ -1,0 +1,176 @@
+"""The options that several verbs share, as Typer sees them and as the runtime wants them.
+
+Nothing here imports numpy or llama_cpp before a verb runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import secrets
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .errors import BoundaryError, UsageError
+from .models import DEMO_MODEL
+
+if TYPE_CHECKING:
+    from .generate import RunOptions
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name or path of a GGUF model.", metavar="MODEL")]
+BoundariesOption = Annotated[
+    str | None,
+    typer.Option("--boundaries", help="Layers after which a token may leave, as in 8,16.", show_default="by the model"),
+]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=512, help="CPU threads; 0: all physical cores.", show_default="0")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's own log.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """How a model answers: the options of `generate` and `chat`, one field each."""
+
+    model: ModelOption = DEMO_MODEL
+    mode: Annotated[
+        Literal["full", "exit", "verified"],
+        typer.Option(help="full: every layer. exit: sure tokens leave early. verified: drafts, checked at full depth."),
+    ] = "full"
+    boundaries: BoundariesOption = None
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="A token may leave where the entropy of its guess is below this many nats; one number, or one per "
+            "boundary, as in 0.2,0.5. 0: never, inf: always.",
+            show_default="0.3",
+            metavar="NATS",
+        ),
+    ] = None
+    cap: Annotated[int, typer.Option(min=1, max=1024, help="Exited tokens that may wait for their other layers.")] = 8
+    audit_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of exits compared with full depth, in mode exit.")
+    ] = 0.1
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")] = 512
+    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None
+    stop: Annotated[list[str], typer.Option(help="End before this text; repeatable.", metavar="TEXT")] = field(
+        default_factory=list
+    )
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0: all.")] = 40
+    top_p: Annotated[float, typer.Option(help="… from the likeliest that make up this probability.")] = 0.95
+    min_p: Annotated[float, typer.Option(help="… from those at least this likely, relative to the likeliest.")] = 0.05
+    repeat_penalty: Annotated[float, typer.Option(help="Above 1, recent tokens become less likely.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="random")] = None
+    ctx: Annotated[
+        int, typer.Option("--ctx", min=0, max=2**31 - 1, help="Tokens the context holds.", show_default="2048 at most")
+    ] = 0
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompt tokens computed at once.")] = 128
+    threads: ThreadsOption = 0
+    kv_type: Annotated[Literal["f16", "f32", "q8_0"], typer.Option(help="Storage of the KV cache.")] = "f16"
+    flash_attn: Annotated[
+        bool | None, typer.Option("--flash-attn/--no-flash-attn", help="Flash attention.", show_default="if it can")
+    ] = None
+    show_exits: Annotated[bool, typer.Option("--show-exits", help="Mark each token with the depth it is from.")] = False
+    quiet: QuietOption = False
+    verbose: VerboseOption = False
+
+
+def expand_arguments(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer see each field of a RunArguments parameter of `verb` as an option of its own."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    (name,) = (n for n, hint in hints.items() if hint is RunArguments)
+    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(verb).parameters.items() if n != name]
+    field_hints = typing.get_type_hints(RunArguments, include_extras=True)
+    fields = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=field_hints[f.name])
+        for f in dataclasses.fields(RunArguments)
+    ]
+
+    @functools.wraps(verb)
+    def expanded(**values: Any) -> None:
+        arguments = RunArguments(**{f.name: values.pop(f.name) for f in fields})
+        verb(**values, **{name: arguments})
+
+    del expanded.__wrapped__  # or Typer would look through it
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + fields
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded
+
+
+def _default(argument: dataclasses.Field[Any]) -> Any:
+    return argument.default if argument.default is not dataclasses.MISSING else []
+
+
+def run_options(arguments: RunArguments) -> RunOptions:
+    """What the runtime is to do. Raises UsageError for values that cannot be meant."""
+    from .generate import DEFAULT_THRESHOLD, RunOptions
+    from .native import KvType
+    from .types import Mode, SamplingSettings
+
+    mode = Mode(arguments.mode)
+    if arguments.threshold is not None and mode is Mode.FULL:
+        raise UsageError("--threshold means nothing in mode full", "add --mode exit or --mode verified")
+    seed = arguments.seed
+    if seed is None:
+        # greedy choices need none; a random one is reported, so that the run can be repeated
+        seed = secrets.randbelow(2**32 - 1) if arguments.temperature > 0 else 0
+    return RunOptions(
+        model=arguments.model,
+        mode=mode,
+        boundaries=parse_boundaries(arguments.boundaries),
+        thresholds=(DEFAULT_THRESHOLD,) if arguments.threshold is None else parse_thresholds(arguments.threshold),
+        n_ctx=arguments.ctx,
+        n_batch=arguments.batch,
+        n_threads=arguments.threads,
+        kv_type=KvType(arguments.kv_type),
+        flash_attention=arguments.flash_attn,
+        sampling=SamplingSettings(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repeat_penalty=arguments.repeat_penalty,
+            seed=seed,
+        ),
+        cap=arguments.cap,
+        audit_rate=arguments.audit_rate,
+    )
+
+
+def start_library(*, verbose: bool) -> None:
+    """Load llama.cpp as a program wants it: its log shown or not, and last words instead of a core dump."""
+    from .native import exit_on_abort, load
+
+    load().log.verbose = verbose
+    exit_on_abort()
+
+
+def parse_boundaries(text: str | None) -> tuple[int, ...] | None:
+    """`8,16` → (8, 16); None stays. Raises BoundaryError; whether they fit the model is checked later."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        hint = "separate them by commas: --boundaries 8,16"
+        raise BoundaryError(f"boundaries '{text}' are not layer numbers", hint) from None
+
+
+def parse_thresholds(text: str) -> tuple[float, ...]:
+    """`0.2,inf` → (0.2, inf). Raises UsageError for what is no entropy."""
+    from .types import Thresholds
+
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"threshold '{text}' is not a number", "give nats: --threshold 0.5, or 0.2,0.5") from None
+    return Thresholds(values).exit_below

@@ -1,0 +1,101 @@
+"""What one answer cost and how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+from .types import EngineStats
+
+
+class Finish(str, Enum):
+    """Why an answer ended."""
+
+    END_OF_TURN = "end-of-turn"
+    STOP_STRING = "stop-string"
+    MAX_TOKENS = "max-tokens"
+    CONTEXT_FULL = "context-full"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def reason(self) -> str:
+        """The short form that other runtimes use: stop, length or interrupted."""
+        if self in (Finish.END_OF_TURN, Finish.STOP_STRING):
+            return "stop"
+        return "interrupted" if self is Finish.INTERRUPTED else "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One answer in numbers; None where there is nothing to divide."""
+
+    mode: str
+    boundaries: tuple[int, ...]
+    finish_reason: str  # stop, length or interrupted
+    finish: str  # … and which: a value of `Finish`
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, still in the KV cache from before
+    generated_tokens: int
+    time_to_first_token_ms: float | None
+    prefill_tokens_per_s: float | None  # prompt tokens not reused ÷ time to first token
+    decode_tokens_per_s: float | None  # tokens after the first ÷ the time they took
+    mean_depth: float | None  # layers behind a token
+    n_layer: int
+    exits: int  # tokens that left early
+    drafted: int
+    accepted: int
+    acceptance: float | None  # accepted ÷ drafted
+    audited: int  # exits compared with full depth
+    disagreed: int
+    disagreement: float | None  # disagreed ÷ audited
+    seed: int
+
+
+@dataclass(slots=True)
+class Clock:
+    """When an answer's tokens came, in seconds of one monotonic clock."""
+
+    start: float
+    first: float | None = None
+    latest: float | None = None
+    tokens: int = 0
+
+    def tick(self, now: float) -> None:
+        self.first = now if self.first is None else self.first
+        self.latest = now
+        self.tokens += 1
+
+    @property
+    def first_token_s(self) -> float | None:
+        return None if self.first is None else self.first - self.start
+
+    @property
+    def decode_s(self) -> float | None:
+        """Time from the first token to the latest."""
+        return None if self.first is None or self.latest is None else self.latest - self.first
+
+
+def rate(count: int, seconds: float | None) -> float | None:
+    """`count` per second; None of nothing or in no time."""
+    return count / seconds if seconds and count > 0 else None
+
+
+def number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def stats_since(before: EngineStats, now: EngineStats) -> EngineStats:
+    """What was counted after `before`, a copy made earlier with `copy_stats`."""
+    counts = {f.name: getattr(now, f.name) - getattr(before, f.name) for f in _counts()}
+    return EngineStats(**counts, by_depth=dict(Counter(now.by_depth) - Counter(before.by_depth)))
+
+
+def copy_stats(stats: EngineStats) -> EngineStats:
+    return dataclasses.replace(stats, by_depth=dict(stats.by_depth))
+
+
+def _counts() -> list[dataclasses.Field[int]]:
+    return [f for f in dataclasses.fields(EngineStats) if f.name != "by_depth"]
