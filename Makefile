@@ -27,10 +27,10 @@ demo: library ## set up, then generate text at three depths
 
 test: $(STAMP) ## set up, then ruff, mypy, import-linter and pytest
 	@$(PY) scripts/build_llama --with-stock
-	@echo "ruff" >&2; $(VENV)/bin/ruff check --quiet --output-format concise .
+	@echo "ruff" >&2; $(VENV)/bin/ruff check --quiet --output-format concise . && $(VENV)/bin/ruff format --quiet --check .
 	@echo "mypy" >&2; $(VENV)/bin/mypy --no-error-summary
 	@echo "import-linter" >&2; out=$$($(VENV)/bin/lint-imports) || { echo "$$out"; exit 1; }
-	@echo "pytest" >&2; $(PY) -m pytest -q
+	@echo "pytest" >&2; $(PY) -m pytest -q -n 2 --dist worksteal
 
 setup: library ## everything that demo needs
 

@@ -108,7 +108,7 @@ class Engine:
         self._asked: tuple[tuple[int, Signals], ...] = ()  # signals seen on the newest token's way down
         self._unaudited: list[_Exit] = []
         self._audits: list[Audit] = []
-        self._last_state: Floats | None = None  # the last layer's state of the newest settled token
+        self._last_state: tuple[int, Floats] | None = None  # the last layer's state of the newest settled position
         self._random = random.Random(settings.audit_seed)
         self._speaks = [
             source is not None and settings.mode is not Mode.FULL and source.speaks_at(b)
@@ -256,12 +256,12 @@ class Engine:
     def _ask(self, b: int) -> Guess | None:
         """The source's guess, made at boundary b, for the token after the newest one."""
         assert self._source is not None
-        hidden, logits = self._last_state, None
+        hidden, logits = None, None
         if b > 0:
             hidden = self._waiting[b].newest()
             logits = self.slices[b - 1].logits(self._newest_row) if self._wants_logits else None
-        elif self._n_done[-1] < len(self.tokens) - 1:
-            hidden = None  # the token before is itself a draft: full depth has not seen it
+        elif self._last_state is not None and self._last_state[0] == len(self.tokens) - 2:
+            hidden = self._last_state[1]  # there is none where the token before is itself a draft
         return self._source.guess(BoundaryView(b, self.tokens, hidden, logits))
 
     def _take(self, b: int, guess: Guess, asked: tuple[tuple[int, Signals], ...]) -> _Exit:
@@ -294,7 +294,7 @@ class Engine:
         del self.tokens[n_published:]
         self.stats.drafted += len(drafts)
         for i, (logits, state) in enumerate(rows):
-            self._last_state = state
+            self._last_state = None if state is None else (n_published - 1 + i, state)
             token = self.sampler.sample(logits)
             draft = drafts[i] if i < len(drafts) else None
             accepted = draft is not None and draft.token == token
@@ -361,7 +361,8 @@ class Engine:
         positions = sorted({e.position - 1 for e in self._unaudited} | {newest})
         rows = dict(zip(positions, self._run_last(positions), strict=True))
         self._audit({p: logits for p, (logits, _) in rows.items()})
-        logits, self._last_state = rows[newest]
+        logits, state = rows[newest]
+        self._last_state = None if state is None else (newest, state)
         return logits
 
     def _audit(self, logits: Mapping[int, Floats]) -> None:

@@ -82,3 +82,12 @@ def stories_path() -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is not there: set EDGE_RUNTIME_DATA to the folder with the data sets")
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests counted, passed or not: how many drafts were accepted, how many near-ties there were."""
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "finding":
+                terminalreporter.write_line(str(value))

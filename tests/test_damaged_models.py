@@ -82,12 +82,22 @@ def values() -> Iterator[tuple[str, Change]]:
     yield "expert groups", lambda m: [m.set(f"%.expert_{k}", v) for k, v in _GROUPS.items()]
 
 
+_KEYS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "rope.dimension_count",
+    "attention.layer_norm_rms_epsilon",
+    "vocab_size",
+)
 _GROUPS = {"count": 6, "used_count": 2, "group_count": 4, "group_used_count": 2}
 
 
 def missing() -> Iterator[tuple[str, Change]]:
-    for key in ("block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
-                "attention.key_length", "rope.dimension_count", "attention.layer_norm_rms_epsilon", "vocab_size"):  # fmt: skip
+    for key in _KEYS:
         yield f"without {key}", lambda m, key=key: m.drop(f"%.{key}")
         yield f"{key} as text", lambda m, key=key: m.set(f"%.{key}", "16", TEXT)
 
@@ -306,7 +316,8 @@ def test_models_as_they_are_can_be_used(outcomes: dict[str, str]) -> None:
         ("llama: %.attention.head_count = 0", "a layer has no attention heads"),
         ("llama: %.attention.head_count_kv = 3", "4 attention heads cannot share 3 heads of keys and values"),
         ("llama: %.attention.key_length = 7", "its keys are 7 wide, its values 16"),
-        ("qwen2: %.attention.head_count = 2", "2 heads of width 16 do not make up its width of 64"),
+        ("phi3: without blk.0.attn_qkv.weight", "tensor blk.0.attn_qkv.weight is missing"),
+        ("qwen2: %.attention.head_count = 64", "64 heads of width 16 do not make up its width of 64"),
         ("qwen2: %.rope.dimension_count = 8", "8 of the 16 values of a head are rotated, but"),
         ("gemma3: %.rope.dimension_count = 18", "18 of the 16 values of a head are rotated"),
         ("gemma2: %.attention.sliding_window_pattern = 1", "no layer has its sliding window"),

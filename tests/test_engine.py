@@ -418,3 +418,332 @@ def test_steps_are_plain_data() -> None:
     step = Step(1, 2, 3, audits=(Audit(1, 2, True),))
     with pytest.raises(AttributeError):
         step.token = 5  # type: ignore[misc]
+
+
+# ── what a careful reader would check ───────────────────────────────────────────────────────────────────────────────
+
+
+class AllKnowing:
+    """Guesses at boundary 1 with full depth's own logits, of the whole vocabulary or of its even tokens."""
+
+    wants_logits = False
+
+    def __init__(self, entropy: float = 0.0, shortlist: bool = False) -> None:
+        self.entropy, self.shortlist = entropy, shortlist
+
+    def speaks_at(self, boundary: int) -> bool:
+        return boundary == 1
+
+    def guess(self, view: BoundaryView) -> Guess | None:
+        logits, signals = oracle_logits(view.tokens, N_LAYER), Signals(self.entropy, 1.0, 1.0)
+        if not self.shortlist:
+            return Guess(logits, signals)
+        ids = np.arange(0, len(logits), 2, dtype=np.int32)
+        return Guess(logits[ids], signals, ids)
+
+
+def positions_held(slices: Sequence[FakeSlice]) -> list[int]:
+    return [len(piece.inputs) for piece in slices]
+
+
+def test_drafts_are_drawn_with_the_random_numbers_of_their_positions() -> None:
+    """Full depth's logits as drafts, sampled: every one must be the very token that full depth samples."""
+    engine, _ = make_engine(Mode.VERIFIED, source=AllKnowing(), noisy=True)
+    engine.extend(PROMPT)
+    assert [s.token for s in engine.generate(30)] == full_depth(PROMPT, 30, noisy=True)
+    assert engine.stats.acceptance == 1.0
+
+
+def test_an_audit_compares_likeliest_tokens_not_sampled_ones() -> None:
+    engine, _ = make_engine(Mode.EXIT, source=AllKnowing(), noisy=True)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(40))
+    exits = [s for s in steps if s.boundary is not None]
+    tops = [int(oracle_logits((PROMPT + [s.token for s in steps])[: s.position], N_LAYER).argmax()) for s in exits]
+    assert any(s.token != top for s, top in zip(exits, tops, strict=True))
+    assert engine.stats.audited > 20
+    assert engine.stats.disagreed == 0
+
+
+def test_an_audit_of_a_shortlist_speaks_of_tokens_of_the_vocabulary() -> None:
+    engine, _ = make_engine(Mode.EXIT, source=AllKnowing(shortlist=True))
+    engine.extend(PROMPT)
+    steps = list(engine.generate(60))
+    text = PROMPT + [s.token for s in steps]
+    audits = [a for s in steps for a in s.audits]
+    assert {a.agreed for a in audits} == {True, False}
+    for audit in audits:
+        assert audit.agreed == (int(oracle_logits(text[: audit.position], N_LAYER).argmax()) % 2 == 0)
+
+
+@pytest.mark.parametrize(("threshold", "exits"), [(1.0, 0), (1.0001, 4)])
+def test_an_exit_is_below_its_threshold_not_at_it(threshold: float, exits: int) -> None:
+    engine, _ = make_engine(Mode.EXIT, (2,), threshold, source=AllKnowing(entropy=1.0))
+    engine.extend(PROMPT)
+    list(engine.generate(5))
+    assert engine.stats.exits == exits
+
+
+def test_a_guess_before_the_first_slice_is_never_published_unverified() -> None:
+    source = Scripted(0, lambda text: 0)
+    engine, _ = make_engine(Mode.EXIT, source=source)
+    engine.extend(PROMPT)
+    assert [s.token for s in engine.generate(10)] == full_depth(PROMPT, 10)
+    assert source.views == []
+
+
+def test_in_mode_full_no_source_is_asked() -> None:
+    source = Scripted(1, lambda text: 0)
+    engine, _ = make_engine(Mode.FULL, source=source)
+    engine.extend(PROMPT)
+    assert [s.token for s in engine.generate(10)] == full_depth(PROMPT, 10)
+    assert source.views == []
+
+
+@pytest.mark.parametrize(("threshold", "most"), [(0.0, 0), (1e-9, 1)])
+def test_the_output_head_runs_at_a_boundary_only_where_it_may_matter(threshold: float, most: int) -> None:
+    engine, slices = make_engine(Mode.EXIT, (2,), threshold, cap=20)
+    asked: list[int] = []
+    real = slices[0].decode_tokens
+
+    def decode(tokens: Sequence[int], first_pos: int, want: Sequence[int] = ()) -> None:
+        asked.append(len(want))
+        real(tokens, first_pos, want)
+
+    slices[0].decode_tokens = decode  # type: ignore[method-assign]
+    engine.extend(list(range(13)))
+    list(engine.generate(4))
+    assert asked == [0, *[most] * 4]  # the first batch of the prompt does not hold the newest token
+
+
+def test_steps_carry_the_signals_of_every_boundary_asked() -> None:
+    engine, _ = make_engine(Mode.EXIT, thresholds=cycling([(1e-9, 1e-9), (1e-9, math.inf), (0.0, 1e-9)]), cap=9)
+    engine.extend(PROMPT)
+    text = list(PROMPT)
+    for step, layers in zip(engine.generate(6), [(2, 4), (2, 4), (4,)] * 2, strict=True):
+        expected = tuple((layer, signals_of(oracle_logits(text, layer))) for layer in layers)
+        assert step.signals == expected
+        assert step.boundary == (4 if step.position % 3 == 0 else None)
+        text.append(step.token)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_steps_of_a_verification_tell_their_own_story(right: bool) -> None:
+    def draft(text: Sequence[int]) -> int:
+        token = full_depth(text, 1)[0]
+        return token if right else (token + 1) % 13
+
+    engine, _ = make_engine(Mode.VERIFIED, (2,), source=Scripted(1, draft), cap=2)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(7))
+    assert [s.position for s in steps] == list(range(5, 12))
+    drafted = [False, True, True, False, True, True, False] if right else [False, *[True] * 6]
+    assert [s.drafted for s in steps] == drafted
+    assert [s.accepted for s in steps] == [d and right for d in drafted]
+    assert [s.corrected for s in steps] == [d and not right for d in drafted]
+    assert [s.boundary for s in steps] == [2 if d and right else None for d in drafted]
+    assert {s.depth for s in steps} == {N_LAYER}  # confirmed by all layers
+    seen = ((2, Signals(0.0, 1.0, 1.0)),)
+    assert [s.signals for s in steps] == [seen if d else () for d in drafted]
+    assert engine.stats.exits == sum(s.accepted for s in steps)
+
+
+def test_a_guess_before_the_first_slice_counts_as_an_exit() -> None:
+    engine, _ = make_engine(Mode.VERIFIED, source=Scripted(0, lambda text: full_depth(text, 1)[0]), cap=3)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(9))
+    assert engine.stats.exits == sum(s.boundary == 0 for s in steps) == 6
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("boundary", [0, 1, 2])
+def test_text_added_after_a_corrected_draft(n: int, boundary: int) -> None:
+    """The draft that stood in the corrected token's place is gone from every cache."""
+    wrong_now_and_then = Scripted(boundary, lambda text: (full_depth(text, 1)[0] + (len(text) % 3 == 0)) % 13)
+    engine, slices = make_engine(Mode.VERIFIED, source=wrong_now_and_then)
+    engine.extend(PROMPT)
+    list(engine.generate(n))
+    engine.extend([7, 8])
+    assert_caches_exact(engine, slices)
+
+
+@pytest.mark.parametrize("kept", range(1, 14))
+def test_a_rollback_into_what_waits(kept: int) -> None:
+    engine, slices = make_engine(Mode.EXIT, (2, 4), cycling([(0.0, math.inf), (math.inf, 0.0), (0.0, 2.4)]), cap=9)
+    engine.extend(PROMPT)
+    list(engine.generate(9))
+    assert len(set(positions_held(slices))) > 1  # some wait
+    engine.rollback(kept)
+    assert all(held <= kept for held in positions_held(slices))
+    assert_caches_exact(engine, slices)
+
+
+def test_a_rollback_forgets_the_audits_of_what_is_gone() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=4)
+    engine.extend(PROMPT)
+    list(engine.generate(5))  # positions 6 to 9 left early
+    engine.rollback(8)
+    engine.extend([1, 2, 3, 4, 5])
+    engine.settle()
+    (step,) = engine.generate(1)
+    assert [a.position for a in step.audits] == [6, 7]
+
+
+def test_audits_of_a_settle_come_with_the_next_step_whatever_it_is() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=4)
+    engine.extend(PROMPT)
+    list(engine.generate(4))
+    engine.settle()
+    (step,) = engine.generate(1)
+    assert step.boundary is not None
+    assert [a.position for a in step.audits] == [6, 7, 8]
+
+
+@pytest.mark.parametrize("mode", [Mode.EXIT, Mode.VERIFIED])
+def test_more_may_wait_than_goes_through_at_once(mode: Mode) -> None:
+    source = AllKnowing()
+    engine, slices = make_engine(mode, (2,), source=source, cap=10, n_batch=3)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(40))
+    assert [s.token for s in steps] == full_depth(PROMPT, 40)
+    assert slices[-1].largest_batch == 3
+    if mode is Mode.EXIT:
+        assert engine.stats.audited > 25
+        assert engine.stats.disagreed == 0
+    else:
+        assert not any(s.corrected for s in steps)
+        assert engine.stats.accepted > 30
+    assert_caches_exact(engine, slices)
+
+
+def assert_hidden_is_of_the_token_before(source: Scripted) -> int:
+    """How often the source saw a state; each must be the last layer's of the token before the newest."""
+    seen = 0
+    for view in source.views:
+        if view.hidden is not None:
+            seen += 1
+            assert view.hidden.tolist() == oracle_states(view.tokens[:-1], N_LAYER)[-1]
+    return seen
+
+
+def test_last_states_are_right_over_several_batches() -> None:
+    source = Scripted(0, lambda text: (full_depth(text, 1)[0] + (len(text) % 5 == 0)) % 13 if len(text) % 7 else None)
+    engine, _ = make_engine(Mode.VERIFIED, (2,), source=source, cap=9, n_batch=2, last_hidden=True)
+    engine.extend(PROMPT)
+    assert [s.token for s in engine.generate(30)] == full_depth(PROMPT, 30)
+    assert assert_hidden_is_of_the_token_before(source) > 3
+
+
+@pytest.mark.parametrize("then", ["generate", "extend 1", "extend 2", "rollback", "settle"])
+@pytest.mark.parametrize("first", ["settle", "generate", "generate and settle"])
+def test_last_states_are_right_whatever_came_before(first: str, then: str) -> None:
+    source = Scripted(0, lambda text: full_depth(text, 1)[0])
+    engine, slices = make_engine(Mode.VERIFIED, (2,), source=source, last_hidden=True)
+    engine.extend(PROMPT)
+    if "generate" in first:
+        list(engine.generate(3))
+    if "settle" in first:
+        engine.settle()
+    if then.startswith("extend"):
+        engine.extend([1, 2][: int(then[-1])])
+    elif then == "rollback":
+        engine.rollback(4)
+    elif then == "settle":
+        engine.settle()
+    text = list(engine.tokens)
+    assert [s.token for s in engine.generate(4)] == full_depth(text, 4)
+    seen = assert_hidden_is_of_the_token_before(source)
+    if then == "extend 1" and "settle" in first:
+        assert seen > 0  # the state that the settle left is that of the token before
+    assert_caches_exact(engine, slices)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("boundary", [0, 1, 2])
+def test_no_slice_is_ever_given_more_than_the_context_holds(mode: Mode, boundary: int) -> None:
+    source = Scripted(boundary, lambda text: full_depth(text, 1)[0])
+    engine, slices = make_engine(mode, source=source, n_ctx=16, cap=8)
+    most: list[int] = []
+    for piece in slices:
+        real = piece._decode
+
+        def decode(rows: list[list[int]], first_pos: int, want: Sequence[int] = (), real: Any = real) -> None:
+            most.append(first_pos + len(rows))
+            real(rows, first_pos, want)
+
+        piece._decode = decode  # type: ignore[method-assign]
+    engine.extend(PROMPT)
+    assert len(list(engine.generate(50))) == 11
+    assert max(most) <= 16
+    assert_caches_exact(engine, slices)
+
+
+def test_the_context_is_the_smaller_of_what_is_asked_and_what_there_is() -> None:
+    engine, slices = make_engine(n_ctx=10**6)
+    assert engine.n_ctx == slices[0].n_ctx
+    assert make_engine(n_ctx=12)[0].n_ctx == 12
+    exactly, _ = make_engine(n_ctx=len(PROMPT))
+    exactly.extend(PROMPT)
+    assert list(exactly.generate(3)) == []
+
+
+def test_settles_and_their_rows_are_counted() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=3, n_batch=4)
+    engine.extend([1] * 10)
+    list(engine.generate(9))
+    # two batches of the prompt; its other two tokens with the first two exits; one token with the next three exits
+    assert (engine.stats.settles, engine.stats.settled_rows) == (4, 16)
+
+
+def test_a_reset_is_as_new() -> None:
+    engine, _ = make_engine(Mode.EXIT, cap=6, audit_rate=0.5, noisy=True, thresholds=2.4)
+    runs = []
+    for _ in range(2):
+        engine.reset()
+        engine.extend(PROMPT)
+        runs.append((list(engine.generate(31)), engine.stats))
+        engine.settle()  # leaves audits that nobody fetches
+    assert runs[0] == runs[1]
+    assert runs[0][1] is not runs[1][1]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_settle_can_be_repeated(mode: Mode, which: int, after: int) -> None:
+    engine, slices = make_engine(mode, n_batch=4)
+    engine.extend([i % 13 for i in range(15)])
+    slices[which].interrupt_in = after
+    with pytest.raises(Interrupted):
+        engine.settle()
+    assert len(engine.tokens) == 15
+    assert_caches_exact(engine, slices)
+    if mode is not Mode.EXIT:
+        assert [s.token for s in engine.generate(3)] == full_depth(engine.tokens[:15], 3)
+
+
+def test_the_sampler_hears_of_every_token_once_and_of_no_draft() -> None:
+    for mode in Mode:
+        engine, _ = make_engine(mode, noisy=True, thresholds=2.4)
+        engine.extend(PROMPT)
+        list(engine.generate(20))
+        engine.extend([1, 2])
+        list(engine.generate(5))
+        assert cast(GreedySampler, engine.sampler).history == engine.tokens
+
+
+def test_an_interruption_between_the_batches_of_a_settle_costs_its_audits_only() -> None:
+    engine, slices = make_engine(Mode.EXIT, (2,), source=AllKnowing(), cap=10, n_batch=3)
+    engine.extend(PROMPT)
+    list(engine.generate(7))
+    waiting = len(engine.tokens) - len(slices[-1].inputs)
+    assert waiting > 3
+    slices[-1].interrupt_in = 1
+    with pytest.raises(Interrupted):
+        engine.settle()
+    assert 3 < len(slices[-1].inputs) < len(engine.tokens)  # what was settled before is not computed again
+    assert_caches_exact(engine, slices)
+    text = list(engine.tokens)
+    steps = list(engine.generate(30))
+    assert [s.token for s in steps] == full_depth(text, 30)
+    assert all(a.agreed and a.position >= len(text) for s in steps for a in s.audits)

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ModelNotFoundError, ModelUnreadableError, UnsupportedModelError
 from ..types import ModelHeader
 from .library import GgufInitParams, load
-from .plausible import metadata_fault, tensor_fault
+from .plausible import metadata_fault, missing_tensor, tensor_fault
 
 # enum gguf_type
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -144,12 +144,16 @@ def _describe(gguf: _Gguf, path: str, file_bytes: int) -> ModelHeader:
 
 
 def _check_plausible(gguf: _Gguf, header: ModelHeader) -> None:
-    names = ((i, gguf.lib.gguf_get_tensor_name(gguf.handle, i)) for i in range(header.n_tensors))
-    faults = (
-        tensor_fault(name.decode("utf-8", "replace"), gguf.lib.gguf_get_tensor_type(gguf.handle, i))
-        for i, name in names
+    lib, handle = gguf.lib, gguf.handle
+    kinds = {
+        lib.gguf_get_tensor_name(handle, i).decode("utf-8", "replace"): lib.gguf_get_tensor_type(handle, i)
+        for i in range(header.n_tensors)
+    }
+    fault = (
+        metadata_fault(gguf, header.architecture)
+        or missing_tensor(kinds, header.architecture, header.n_layer)
+        or next(filter(None, map(tensor_fault, kinds, kinds.values())), "")
     )
-    fault = metadata_fault(gguf, header.architecture) or next(filter(None, faults), "")
     if fault:
         raise ModelUnreadableError(
             f"{header.path} is damaged or of a kind that llama.cpp does not know: {fault}",

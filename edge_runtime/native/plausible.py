@@ -6,7 +6,7 @@ llama.cpp itself refuses with a reason is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
@@ -52,6 +52,17 @@ def tensor_fault(name: str, kind: int) -> str:
     if name.endswith(".weight") and "norm" not in name and not name.startswith("rope_"):
         return f"tensor {name} is of type {_NO_MATRIX_KINDS[kind]}, not of weights" if kind in _NO_MATRIX_KINDS else ""
     return "" if kind == _F32 else f"tensor {name} must be of type F32"
+
+
+def missing_tensor(names: Collection[str], architecture: str, n_layer: int) -> str:
+    """A layer's tensor that llama.cpp would use without asking whether it is there, '' if none is missing."""
+    if architecture != "phi3":
+        return ""
+    for layer in range(n_layer):
+        for name in ("attn_q", "attn_k", "attn_v"):
+            if f"blk.{layer}.attn_qkv.weight" not in names and f"blk.{layer}.{name}.weight" not in names:
+                return f"tensor blk.{layer}.attn_qkv.weight is missing"
+    return ""
 
 
 class _Looks:

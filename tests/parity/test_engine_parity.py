@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from .prompts import PROMPTS
 
 N_TOKENS = 128
 N_CTX = 1024
+N_THREADS = 1  # two that wait for each other take many times as long where other tests run beside
 
 # Two tokens whose full-depth logits are closer than this are a near-tie: a batch sums in another order than a single
 # token, which moves a logit of this model by up to 2, the difference of the two best by less.
@@ -47,7 +48,7 @@ def make_engine(
         return Thresholds(tuple(limits or (draws.choice([0.0, 0.7, 2.5, math.inf]) for _ in boundaries)))
 
     slices = open_slices(
-        model, boundaries, ContextOptions(n_ctx=n_ctx, n_batch=n_batch, n_threads=2), n_outputs_max=cap + 1
+        model, boundaries, ContextOptions(n_ctx=n_ctx, n_batch=n_batch, n_threads=N_THREADS), n_outputs_max=cap + 1
     )
     sampler = Sampler(sampling or SamplingSettings(), model.n_vocab)
     return Engine(slices, sampler, EngineSettings(mode, cap), thresholds, SharedHead())
@@ -72,7 +73,7 @@ def prompts(demo_model: Model) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def stock_texts(stock: StockProcess, demo_model: Model, prompts: list[list[int]]) -> list[list[int]]:
     """Stock's greedy tokens after every prompt."""
-    stock.open(demo_model.path, n_ctx=N_CTX, n_batch=128)
+    stock.open(demo_model.path, n_ctx=N_CTX, n_batch=128, n_threads=N_THREADS)
     return [stock.greedy(prompt, N_TOKENS)[0] for prompt in prompts]
 
 
@@ -104,7 +105,7 @@ def test_mode_full_is_stock(demo_model: Model, prompts: list[list[int]], stock_t
         ("good", (28,), (0.7,), 4),
         ("bad", (1,), (math.inf,), 1),
         ("random", (10, 24), None, 2),
-        ("always", (22,), (math.inf,), 2),
+        ("always", (6,), (math.inf,), 2),
     ],
 )
 def test_mode_verified_is_stock(
@@ -116,7 +117,7 @@ def test_mode_verified_is_stock(
     boundaries: tuple[int, ...],
     limits: Sequence[float] | None,
     cap: int,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     engine = make_engine(demo_model, Mode.VERIFIED, boundaries, limits, cap)
     flips: list[float] = []
@@ -129,14 +130,14 @@ def test_mode_verified_is_stock(
         flip = near_tie(stock, prompt, ours, theirs)
         flips += [] if flip is None else [flip]
     close_slices(engine.slices)
-    with capsys.disabled():
-        print(
-            f"\n  {kind} drafts: {accepted} of {drafted} accepted; {len(flips)} of {len(prompts)} texts leave stock's "
-            f"at a near-tie (differences of the two logits: {[round(f, 3) for f in flips]})"
-        )
+    record_property(
+        "finding",
+        f"{kind} drafts: {accepted} of {drafted} accepted; {len(flips)} of {len(prompts)} texts leave stock's at a "
+        f"near-tie (differences of the two logits: {[round(f, 3) for f in flips]})",
+    )
     assert all(0 <= flip < NEAR_TIE for flip in flips)
     rate = accepted / drafted
-    assert {"good": rate > 0.6, "bad": rate < 0.1, "random": drafted > 1000, "always": 0.05 < rate < 0.6}[kind]
+    assert {"good": rate > 0.6, "bad": rate < 0.1, "random": drafted > 1000, "always": rate < 0.3}[kind]
 
 
 def test_mode_verified_samples_what_full_depth_samples(demo_model: Model, prompts: list[list[int]]) -> None:
@@ -164,15 +165,15 @@ def fresh(demo_model: Model) -> Iterator[Engine]:
 def test_mode_exit_leaves_every_cache_as_a_full_run_would(
     demo_model: Model, prompts: list[list[int]], fresh: Engine
 ) -> None:
-    """Bit for bit: the logits after the text, and those of eight more tokens, which attend to all of it."""
+    """Bit for bit: the logits after the text, and those of four more tokens, which attend to all of it."""
     short = [p for p in prompts if len(p) < 100]
     for cap in range(1, 33):
-        engine = make_engine(demo_model, Mode.EXIT, (12, 20, 26), None, cap, n_batch=32, n_ctx=256)
-        run(engine, short[cap % len(short)], 48)
+        engine = make_engine(demo_model, Mode.EXIT, (8, 20), None, cap, n_batch=32, n_ctx=256)
+        run(engine, short[cap % len(short)], 40)
         assert engine.stats.exits > 10
         fresh.reset()
         fresh.extend(engine.tokens)
-        for token in range(100, 108):
+        for token in range(100, 104):
             assert np.array_equal(engine.settle(), fresh.settle()), f"cap {cap}"
             engine.extend([token])
             fresh.extend([token])

@@ -24,11 +24,13 @@ N_PROMPT = 40
 pytestmark = pytest.mark.stock
 
 
-def assert_equal_to_stock(stock: StockProcess, path: Path, prompt: list[int], flash: bool, kv_type: KvType) -> None:
-    stock.open(path, n_ctx=512, n_batch=128, flash_attention=flash, kv_type=kv_type.ggml)
+def assert_equal_to_stock(
+    stock: StockProcess, path: Path, prompt: list[int], flash: bool, kv_type: KvType, n_threads: int = 1
+) -> None:
+    stock.open(path, n_ctx=512, n_batch=128, n_threads=n_threads, flash_attention=flash, kv_type=kv_type.ggml)
     prefill = stock.decode(prompt, range(len(prompt)))
     tokens, decoded = stock.greedy(prompt, N_DECODED)
-    options = ContextOptions(n_ctx=512, n_batch=128, n_threads=2, flash_attention=flash, kv_type=kv_type)
+    options = ContextOptions(n_ctx=512, n_batch=128, n_threads=n_threads, flash_attention=flash, kv_type=kv_type)
     with Model(str(path)) as model:
         for n_slices in (1, 2, 5):
             ours = greedy(model, spread(n_slices, model.n_layer), prompt, N_DECODED, options)
@@ -66,7 +68,7 @@ def test_stories_cannot_have_a_q8_0_cache(stories_path: Path) -> None:
 def test_smollm2(stock: StockProcess, demo_path: Path, demo_model: Model, flash: bool, kv_type: KvType) -> None:
     text = "<|im_start|>user\nName three rivers of France.<|im_end|>\n<|im_start|>assistant\n"
     prompt = demo_model.tokenize(text, add_special=True, parse_special=True)
-    assert_equal_to_stock(stock, demo_path, prompt, flash, kv_type)
+    assert_equal_to_stock(stock, demo_path, prompt, flash, kv_type, n_threads=2)
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -82,8 +84,8 @@ def test_two_sequences_in_one_batch(
     positions = [0, 0, 1, 1, 2, 3, 2, 4]
     tokens = [int(t) for t in random.integers(3, 512, len(seq_ids))]
     batches = [(tokens, positions, seq_ids), (tokens[:2], [5, 3], [0, 1]), (tokens[2:3], [4], [1])]
-    stock.open(path, n_ctx=512, n_seq_max=2, flash_attention=flash)
-    options = ContextOptions(n_ctx=512, n_seq_max=2, n_threads=2, flash_attention=flash)
+    stock.open(path, n_ctx=512, n_seq_max=2, n_threads=1, flash_attention=flash)
+    options = ContextOptions(n_ctx=512, n_seq_max=2, n_threads=1, flash_attention=flash)
     with Model(str(path)) as model:
         slices = open_slices(model, spread(n_slices, model.n_layer), options, n_outputs_max=8)
         for ids, at, sequences in batches:
@@ -103,7 +105,7 @@ def model(request: pytest.FixtureRequest, tiny_path: TinyMaker) -> Iterator[Mode
         yield model
 
 
-OPTIONS = ContextOptions(n_ctx=256, n_batch=64, n_threads=2)
+OPTIONS = ContextOptions(n_ctx=256, n_batch=64, n_threads=1)
 PROMPT = list(range(10, 40))
 
 
