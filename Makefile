@@ -21,7 +21,7 @@ help: ## this list
 demo: library ## set up, then generate text at three depths
 	@for mode in full exit verified; do \
 		echo "--- mode $$mode" >&2; \
-		$(VENV)/bin/edge-run generate --model smollm2-135m --mode $$mode --show-exits --max-tokens 48 \
+		$(VENV)/bin/edge-run generate --model smollm2-135m --mode $$mode --show-exits --audit-rate 1 --max-tokens 96 \
 			"Explain in two sentences why the sky is blue." || exit 1; \
 	done
 

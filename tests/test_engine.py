@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.draft import BoundaryView, DraftSource, Guess, SharedHead
-from edge_runtime.engine import Engine
+from edge_runtime.engine import Engine, WaitingStates
 from edge_runtime.errors import PromptError, UsageError
 from edge_runtime.sampling import Sampler
 from edge_runtime.signals import signals_of
@@ -707,6 +707,14 @@ def test_a_reset_is_as_new() -> None:
     assert runs[0][1] is not runs[1][1]
 
 
+def test_a_reset_starts_the_samplers_random_numbers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    resets: list[None] = []
+    monkeypatch.setattr(engine.sampler, "reset", lambda: resets.append(None))
+    engine.reset()
+    assert len(resets) == 1
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -747,3 +755,63 @@ def test_an_interruption_between_the_batches_of_a_settle_costs_its_audits_only()
     steps = list(engine.generate(30))
     assert [s.token for s in steps] == full_depth(text, 30)
     assert all(a.agreed and a.position >= len(text) for s in steps for a in s.audits)
+
+
+class InterruptedSampler(GreedySampler):
+    """Ctrl-C right after a token was counted, before it is handed out."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        self.after -= 1
+        if self.after == 0:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("after", range(1, 9))
+def test_a_token_that_was_never_handed_out_never_was(mode: Mode, after: int) -> None:
+    engine, slices = make_engine(mode, (2,), source=AllKnowing())
+    engine.sampler = cast(Sampler, InterruptedSampler(len(PROMPT) + after))
+    engine.extend(PROMPT)
+    seen: list[int] = []
+    with pytest.raises(Interrupted):
+        seen.extend(step.token for step in engine.generate(20))
+    assert len(seen) in (0, after - 1)  # extend() takes over all or nothing
+    text = list(engine.tokens)
+    assert text == PROMPT + full_depth(PROMPT, after - 1)
+    assert cast(GreedySampler, engine.sampler).history == text
+    assert [s.token for s in engine.generate(5)] == full_depth(text, 5)
+    assert_caches_exact(engine, slices)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_waiting_states_keep_their_order(seed: int) -> None:
+    """Whatever goes in and out at either end, as long as there is room."""
+    random = np.random.default_rng(seed)
+    capacity = int(random.integers(3, 9))
+    waiting, made = WaitingStates(capacity, 2), 0
+    expected: list[int] = []
+    for _ in range(200):
+        count = int(random.integers(0, capacity + 1))
+        match int(random.integers(3)):
+            case 0 if len(expected) + count <= capacity:
+                expected += list(range(made, made + count))
+                waiting.push(np.array([[v, -v] for v in range(made, made + count)], np.float32).reshape(-1, 2))
+                made += count
+            case 1:
+                waiting.drop_oldest(min(count, len(expected)))
+                del expected[:count]
+            case 2:
+                waiting.drop_newest(min(count, len(expected)))
+                del expected[len(expected) - min(count, len(expected)) :]
+        assert len(waiting) == len(expected)
+        rows = waiting.oldest(len(expected))
+        assert rows.flags.c_contiguous
+        assert rows.tolist() == [[v, -v] for v in expected]
+        if expected:
+            assert waiting.newest().tolist() == [expected[-1], -expected[-1]]
+    assert made > 3 * capacity

@@ -148,7 +148,7 @@ def test_threads_change_time_not_results(model: Model) -> None:
         piece.decode_tokens(PROMPT, 0, [3])
         results.append(piece.logits(3).copy())
         piece.close()
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
 
 
 # ── requests that cannot be met ─────────────────────────────────────────────────────────────────────────────────────
@@ -361,10 +361,11 @@ def test_a_damaged_state_is_refused_and_nothing_lost(pair: tuple[Slice, Slice], 
 def test_the_state_of_another_slice_is_refused(
     pair: tuple[Slice, Slice], tiny_path: TinyMaker, key: str, change: dict[str, Any]
 ) -> None:
-    layers, kv_type = change.pop("layers", (0, 2)), change.pop("kv_type", KvType.F16)
-    with Model(str(tiny_path(change.pop("architecture", "llama"), n_layer=4, **change))) as other:
-        options = ContextOptions(n_ctx=256, n_batch=16, n_threads=1, kv_type=kv_type)
-        piece = Slice(other, *layers, options)
+    settings = {"layers": (0, 2), "kv_type": KvType.F16, "architecture": "llama", "n_ff": 128, **change}
+    layers = settings["layers"]
+    with Model(str(tiny_path(settings["architecture"], n_layer=4, n_ff=settings["n_ff"]))) as other:
+        options = ContextOptions(n_ctx=256, n_batch=16, n_threads=1, kv_type=settings["kv_type"])
+        piece = Slice(other, layers[0], layers[1], options)
         if piece.start == 0:
             piece.decode_tokens(PROMPT, 0)
         with pytest.raises(DecodeError, match=f"of another slice: its {key} is"):
