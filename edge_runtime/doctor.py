@@ -33,6 +33,7 @@ _EDGE_FUNCTIONS = (
     "edge_sizeof",
     "edge_slice_init",
     "edge_slice_hidden",
+    "edge_slices_decode",
 )
 
 

@@ -50,9 +50,6 @@ class WaitingStates:
     def push(self, rows: Floats) -> None:
         if self._first == self._end:
             self._first = self._end = 0
-        elif self._end + len(rows) > len(self._rows):
-            self._rows[: len(self)] = self._rows[self._first : self._end].copy()
-            self._first, self._end = 0, len(self)
         self._rows[self._end : self._end + len(rows)] = rows
         self._end += len(rows)
 
@@ -101,10 +98,15 @@ class Engine:
         self._last = len(self.slices) - 1
         self._n_layer = self.slices[-1].end
         self._n_batch = self.slices[0].n_batch
-        self._n_done = [0] * len(self.slices)
+        n = len(self.slices)
+        self._routes = {
+            (b, stop): self.slices[b].route_to(self.slices[b + 1 : stop])
+            for b in range(n)
+            for stop in range(b + 2, n + 1)
+        }
+        self._n_done = [0] * n
         # [0] stays empty: what waits there are tokens
         self._waiting = [WaitingStates(self._n_batch + settings.cap + 1, s.n_embd) for s in self.slices]
-        self._newest_row = 0  # the newest token's row in the latest batch
         self._asked: tuple[tuple[int, Signals], ...] = ()  # signals seen on the newest token's way down
         self._unaudited: list[_Exit] = []
         self._audits: list[Audit] = []
@@ -135,7 +137,9 @@ class Engine:
             self.sampler.accept(token)
 
     def rollback(self, length: int) -> None:
-        """Forget everything after the first `length` tokens, in every slice."""
+        """Forget everything after the first `length` tokens, in every slice. Raises UsageError if it is negative."""
+        if length < 0:
+            raise UsageError(f"a text cannot be rolled back to {length} tokens")
         if length < len(self.tokens):
             del self.tokens[length:]
             self.sampler.rewind(self.tokens)
@@ -165,8 +169,6 @@ class Engine:
         try:
             self._recompute_newest()
             self._compute_long_prompt()
-            for b in range(self._last):
-                self._run_slice(b)
             return self._settled_logits()
         except BaseException:
             self._recover(len(self.tokens))
@@ -221,18 +223,16 @@ class Engine:
         return drafts
 
     def _descend(self) -> _Exit | None:
-        """Take the newest token from slice to slice until it exits, or until only the last slice is left (None)."""
+        """Take the newest token from boundary to boundary until it exits; None if it goes all the way."""
         limits = self._limits()
         asked: list[tuple[int, Signals]] = []
-        for b in range(len(self.slices)):
-            if limits[b] > 0:
+        for b, limit in enumerate(limits):
+            if limit > 0:
                 guess = self._ask(b)
                 if guess is not None:
                     asked.append((self.slices[b].start, guess.signals))
-                    if guess.signals.entropy < limits[b]:
+                    if guess.signals.entropy < limit:
                         return self._take(b, guess, tuple(asked))
-            if b < self._last:
-                self._run_slice(b, want_logits=self._wants_logits and limits[b + 1] > 0)
         self._asked = tuple(asked)
         return None
 
@@ -254,12 +254,13 @@ class Engine:
         return limits
 
     def _ask(self, b: int) -> Guess | None:
-        """The source's guess, made at boundary b, for the token after the newest one."""
+        """Bring the newest token to boundary b; the source's guess, made there, for the token after it."""
         assert self._source is not None
         hidden, logits = None, None
         if b > 0:
+            rows = self._run(0, b, (len(self.tokens) - 1,) if self._wants_logits else ())
+            logits = rows[0][0] if rows else None
             hidden = self._waiting[b].newest()
-            logits = self.slices[b - 1].logits(self._newest_row) if self._wants_logits else None
         elif self._last_state is not None and self._last_state[0] == len(self.tokens) - 2:
             hidden = self._last_state[1]  # there is none where the token before is itself a draft
         return self._source.guess(BoundaryView(b, self.tokens, hidden, logits))
@@ -290,9 +291,8 @@ class Engine:
     def _verify(self, drafts: Sequence[_Exit]) -> Iterator[Step]:
         """Settle the newest published token and its drafts; publish what full depth agrees with, and its own next."""
         n_published = len(self.tokens) - len(drafts)
-        rows = self._run_last(range(n_published - 1, len(self.tokens)))
+        rows = self._run(0, len(self.slices), range(n_published - 1, len(self.tokens)))
         del self.tokens[n_published:]
-        self.stats.drafted += len(drafts)
         for i, (logits, state) in enumerate(rows):
             self._last_state = None if state is None else (n_published - 1 + i, state)
             token = self.sampler.sample(logits)
@@ -312,30 +312,36 @@ class Engine:
                 corrected=draft is not None and not accepted,
             )
             if not accepted:
+                # what was drafted behind a refused draft was in vain
+                self.stats.drafted += max(0, len(drafts) - i - 1)
                 return
 
     # ── slices, and what waits between them ─────────────────────────────────────────────────────────────────────────
 
-    def _run_slice(self, b: int, *, want_logits: bool = False) -> None:
-        """Run all that waits at boundary b through slice b, which is not the last; it then waits at boundary b + 1."""
-        for start, count, newest in self._batches(b):
-            self._decode(b, start, count, (count - 1,) if want_logits and newest else ())
-            self._waiting[b + 1].push(self.slices[b].hidden(count))
-            self._newest_row = count - 1
+    def _run(self, b: int, stop: int, positions: Sequence[int]) -> list[tuple[Floats, Floats | None]]:
+        """Run all that waits at boundaries b … stop - 1 through the slices between, up to boundary `stop`.
 
-    def _run_last(self, positions: Sequence[int]) -> list[tuple[Floats, Floats | None]]:
-        """Run all that waits at the last boundary: (logits, last state if there is one) of `positions`, in order."""
-        piece = self.slices[-1]
+        Returns (logits, last layer's state if the last slice gives it) of slice stop - 1 for `positions`, in order;
+        they live until that slice's next decode.
+        """
+        for c in range(b + 1, stop):
+            if len(self._waiting[c]):  # these come first, so the states that arrive must queue behind them
+                self._run(b, c, ())
+                return self._run(c, stop, positions)
+        final = self.slices[stop - 1]
         found: list[tuple[Floats, Floats | None]] = []
-        for start, count, newest in self._batches(self._last):
+        for start, count, newest in self._batches(b):
             rows = [p - start for p in positions if start <= p < start + count]
-            self._decode(self._last, start, count, rows)
-            self.stats.settles += 1
-            self.stats.settled_rows += count
-            states = piece.hidden(len(rows)).copy() if piece.has_hidden else None
+            self._decode(b, stop, start, count, rows)
+            states = None
+            if stop <= self._last:
+                self._waiting[stop].push(final.hidden(count))
+            else:
+                self.stats.settles += 1
+                self.stats.settled_rows += count
+                states = final.hidden(len(rows)).copy() if final.has_hidden else None
             for i, row in enumerate(rows):
-                # views of an earlier batch do not outlive the next one
-                logits = piece.logits(row) if newest else piece.logits(row).copy()
+                logits = final.logits(row) if newest else final.logits(row).copy()
                 found.append((logits, None if states is None else states[i]))
         return found
 
@@ -346,20 +352,23 @@ class Engine:
             count = min(self._n_batch, stop - start)
             yield start, count, start + count == stop
 
-    def _decode(self, b: int, start: int, count: int, want: Sequence[int]) -> None:
+    def _decode(self, b: int, stop: int, start: int, count: int, want: Sequence[int]) -> None:
+        """One batch through slices b … stop - 1."""
+        route = self._routes.get((b, stop))
         if b == 0:
-            self.slices[0].decode_tokens(self.tokens[start : start + count], start, want)
+            self.slices[0].decode_tokens(self.tokens[start : start + count], start, want, route=route)
         else:
-            self.slices[b].decode_states(self._waiting[b].oldest(count), start, want)
+            self.slices[b].decode_states(self._waiting[b].oldest(count), start, want, route=route)
             self._waiting[b].drop_oldest(count)
-        self._n_done[b] += count
+        for c in range(b, stop):
+            self._n_done[c] += count
 
     def _settled_logits(self) -> Floats:
-        """Settle at the last slice: the logits after the newest token; exits due for an audit are judged on the way."""
+        """Bring all to full depth: the logits after the newest token; exits due for an audit are judged on the way."""
         newest = len(self.tokens) - 1
         # the row that predicts position p is that of the token before it
         positions = sorted({e.position - 1 for e in self._unaudited} | {newest})
-        rows = dict(zip(positions, self._run_last(positions), strict=True))
+        rows = dict(zip(positions, self._run(0, len(self.slices), positions), strict=True))
         self._audit({p: logits for p, (logits, _) in rows.items()})
         logits, state = rows[newest]
         self._last_state = None if state is None else (newest, state)
@@ -377,10 +386,9 @@ class Engine:
         while len(text) - self._n_done[0] > self._n_batch:
             self.tokens = text[: self._n_done[0] + self._n_batch]
             try:
-                for b in range(self._last):
-                    self._run_slice(b)
                 due = [e.position - 1 for e in self._unaudited]
-                self._audit(dict(zip(due, (row[0] for row in self._run_last(due)), strict=True)))
+                rows = self._run(0, len(self.slices), due)
+                self._audit(dict(zip(due, (logits for logits, _ in rows), strict=True)))
             finally:
                 self.tokens = text
 
@@ -430,6 +438,7 @@ class Engine:
         stats.published += 1
         stats.exits += step.boundary is not None
         stats.by_depth[step.depth] = stats.by_depth.get(step.depth, 0) + 1
+        stats.drafted += step.drafted
         stats.accepted += step.accepted
         stats.audited += len(step.audits)
         stats.disagreed += sum(not a.agreed for a in step.audits)

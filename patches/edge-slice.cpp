@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 //
 // called from upstream's files
@@ -148,6 +149,25 @@ llama_context * edge_slice_init(llama_model * model, llama_context_params params
     pending = {};
 
     return ctx;
+}
+
+int32_t edge_slices_decode(llama_context ** slices, int32_t n_slices, llama_batch batch) {
+    int8_t * const want = batch.logits;
+    std::vector<int8_t> none(batch.n_tokens, 0);
+
+    for (int32_t i = 0; i < n_slices; ++i) {
+        batch.logits = i == n_slices - 1 ? want : none.data();
+        const int32_t status = llama_decode(slices[i], batch);
+        if (status != 0) {
+            return status;
+        }
+        if (i < n_slices - 1) {
+            batch.token = nullptr;
+            batch.embd  = edge_slice_hidden(slices[i]);
+        }
+    }
+
+    return 0;
 }
 
 float * edge_slice_hidden(llama_context * ctx) {

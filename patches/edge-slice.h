@@ -43,6 +43,11 @@ extern "C" {
             struct llama_model * model, struct llama_context_params params,
             int32_t il_start, int32_t il_end, bool want_hidden);
 
+    // llama_decode() through consecutive slices: the batch enters the first, each one's hidden states enter the next, and
+    // the rows of logits that the batch asks for come from the last. Ends at the first failure with its status; slices
+    // before it then hold positions that later ones do not.
+    LLAMA_API int32_t edge_slices_decode(struct llama_context ** slices, int32_t n_slices, struct llama_batch batch);
+
     // Hidden states after the slice's last layer, before the final norm, float [n_rows][n_embd], of the latest decode.
     // A slice that ends before the last layer has a row for every token of the batch, in batch order;
     // the last slice one for every output. Valid until the next decode.

@@ -506,14 +506,16 @@ def test_the_output_head_runs_at_a_boundary_only_where_it_may_matter(threshold: 
     asked: list[int] = []
     real = slices[0].decode_tokens
 
-    def decode(tokens: Sequence[int], first_pos: int, want: Sequence[int] = ()) -> None:
-        asked.append(len(want))
-        real(tokens, first_pos, want)
+    def decode(tokens: Sequence[int], first_pos: int, want: Sequence[int] = (), route: Any = None) -> None:
+        if route is None:  # as far as the boundary only
+            asked.append(len(want))
+        real(tokens, first_pos, want, route)
 
     slices[0].decode_tokens = decode  # type: ignore[method-assign]
     engine.extend(list(range(13)))
     list(engine.generate(4))
-    assert asked == [0, *[most] * 4]  # the first batch of the prompt does not hold the newest token
+    # the first batch of the prompt, and every token that cannot exit, go all the way at once
+    assert asked == [1] * 4 * most
 
 
 def test_steps_carry_the_signals_of_every_boundary_asked() -> None:
@@ -790,20 +792,23 @@ def test_a_token_that_was_never_handed_out_never_was(mode: Mode, after: int) -> 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_waiting_states_keep_their_order(seed: int) -> None:
-    """Whatever goes in and out at either end, as long as there is room."""
+    """Pushed when empty or while all that came before still waits, as the engine does; taken from either end."""
     random = np.random.default_rng(seed)
     capacity = int(random.integers(3, 9))
     waiting, made = WaitingStates(capacity, 2), 0
     expected: list[int] = []
+    untouched = True  # nothing was taken from the front since it was last empty
     for _ in range(200):
         count = int(random.integers(0, capacity + 1))
+        untouched = untouched or not expected
         match int(random.integers(3)):
-            case 0 if len(expected) + count <= capacity:
+            case 0 if len(expected) + count <= capacity and untouched:
                 expected += list(range(made, made + count))
                 waiting.push(np.array([[v, -v] for v in range(made, made + count)], np.float32).reshape(-1, 2))
                 made += count
             case 1:
                 waiting.drop_oldest(min(count, len(expected)))
+                untouched = untouched and not count
                 del expected[:count]
             case 2:
                 waiting.drop_newest(min(count, len(expected)))
@@ -815,3 +820,34 @@ def test_waiting_states_keep_their_order(seed: int) -> None:
         if expected:
             assert waiting.newest().tolist() == [expected[-1], -expected[-1]]
     assert made > 3 * capacity
+
+
+def test_a_text_cannot_be_shorter_than_nothing() -> None:
+    engine, slices = make_engine()
+    engine.extend(PROMPT)
+    list(engine.generate(2))
+    with pytest.raises(UsageError, match="rolled back to -1"):
+        engine.rollback(-1)
+    assert_caches_exact(engine, slices)
+
+
+def test_where_nothing_waits_a_batch_takes_one_way_through_all_slices() -> None:
+    engine, slices = make_engine(Mode.EXIT, (1, 2, 4), cycling([(0.0, 0.0, 0.0), (0.0, math.inf, 0.0)]), cap=9)
+    ways: list[tuple[int, int]] = []
+    for piece in slices:
+        real = piece.decode_tokens if piece.start == 0 else piece.decode_states
+
+        def decode(*batch: Any, piece: FakeSlice = piece, real: Any = real, route: Any = None) -> None:
+            ways.append((piece.start, route[-1].end if route else piece.end))
+            real(*batch, route=route)
+
+        setattr(piece, real.__name__, decode)
+    engine.extend(PROMPT)
+    list(engine.generate(1))
+    assert ways == [(0, 6)]
+    list(engine.generate(1))  # exits at 2, and waits there
+    assert ways[1:] == [(0, 2)]
+    ways.clear()
+    list(engine.generate(1))  # needs depth: to where the other waits, and on together
+    assert ways[-2:] == [(0, 2), (2, 6)]
+    assert_caches_exact(engine, slices)

@@ -14,12 +14,12 @@ import numpy as np
 
 from ..draft import BoundaryView, Guess
 from ..engine import Engine
-from ..native import ContextOptions, Model
+from ..native import ContextOptions, Model, Route
 from ..sampling import Sampler
 from ..slices import Slice, close_slices, open_slices
 from ..types import EngineSettings, Mode, SamplingSettings, Signals, Thresholds
 from .measure import Comparison, Spread, interleave, spread
-from .stock import StockProcess
+from .stock import StockProcess, peak_resident_bytes
 
 N_PROMPT = 64
 N_TOKENS = 48
@@ -45,9 +45,9 @@ class TimedSlice(Slice):
 
     seconds_inside = 0.0
 
-    def _decode(self, batch: object, n: int) -> None:
+    def _decode(self, batch: object, n: int, route: Route | None) -> None:
         started = time.perf_counter()
-        super()._decode(batch, n)
+        super()._decode(batch, n, route)
         self.seconds_inside += time.perf_counter() - started
 
 
@@ -207,8 +207,6 @@ def _our_peak(path: Path, n_threads: int) -> float:
 
 
 def _run_and_print_peak(path: str, n_threads: int) -> None:
-    import resource
-
     model = Model(path)
     edges = tuple(round(model.n_layer * i / 4) for i in (1, 2, 3))
     options = ContextOptions(n_ctx=N_CTX, n_batch=N_BATCH, n_threads=n_threads)
@@ -219,8 +217,7 @@ def _run_and_print_peak(path: str, n_threads: int) -> None:
     engine.extend([1 + i % 250 for i in range(512)])
     for _ in engine.generate(32):
         pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(peak_resident_bytes())
 
 
 if __name__ == "__main__":

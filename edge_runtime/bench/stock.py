@@ -89,6 +89,20 @@ class StockProcess:
         self.close()
 
 
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux: from /proc, because getrusage() also counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class _Worker:
     """The child's side: plain llama-cpp-python calls, nothing of ours."""
 
@@ -225,10 +239,7 @@ class _Worker:
 
     def memory(self) -> dict[str, int]:
         """Peak resident memory of this process in bytes."""
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        return {"peak_bytes": peak_resident_bytes()}
 
 
 def main() -> None:

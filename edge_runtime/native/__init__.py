@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .context import Context, ContextOptions, KvType
+from .context import Context, ContextOptions, KvType, Route
 from .header import read_header
 from .library import BINDINGS_VERSION, BUILD_HINT, Api, exit_on_abort, expected_abi, load, struct_sizes
 from .model import Model
@@ -17,6 +17,7 @@ __all__ = [
     "ContextOptions",
     "KvType",
     "Model",
+    "Route",
     "SamplerChain",
     "exit_on_abort",
     "expected_abi",

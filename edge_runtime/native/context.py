@@ -134,6 +134,10 @@ class Context:
         self._token_batch = c.llama_batch(token=pointer(self._token, ctypes.c_int32), **shared)
         self._state_batch = c.llama_batch(**shared)
 
+    def route_to(self, others: Sequence[Context]) -> Route:
+        """A way for batches through this context and then `others`, states never leaving llama.cpp in between."""
+        return Route([self, *others])
+
     def decode_tokens(
         self,
         tokens: Sequence[int],
@@ -141,13 +145,20 @@ class Context:
         want: Sequence[int] = (),
         seq_ids: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
+        route: Route | None = None,
     ) -> None:
-        """Run tokens at positions first_pos… (or `positions`) of sequence 0 (or `seq_ids`); `want` rows get logits."""
+        """Run tokens at positions first_pos… (or `positions`) of sequence 0 (or `seq_ids`); `want` rows get logits.
+
+        With a `route` that starts here, run them through all of it; the logits are the last context's.
+        """
         n = len(tokens)
-        self._fill(n, first_pos, want, seq_ids, positions)
-        self._token[:n] = tokens
+        self._fill(n, first_pos, want, seq_ids, positions, route)
+        if n == 1:
+            self._token[0] = tokens[0]
+        else:
+            self._token[:n] = tokens
         self._token_batch.n_tokens = n
-        self._decode(self._token_batch, n)
+        self._decode(self._token_batch, n, route)
 
     def decode_states(
         self,
@@ -156,15 +167,16 @@ class Context:
         want: Sequence[int] = (),
         seq_ids: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
+        route: Route | None = None,
     ) -> None:
         """As `decode_tokens`, for hidden states (n, n_embd) float32, C-contiguous."""
         n = states.shape[0]
         if states.shape[1:] != (self.n_embd,) or states.dtype != np.float32 or not states.flags.c_contiguous:
             raise UsageError(f"states must be contiguous float32 of shape (n, {self.n_embd}), not {states.shape}")
-        self._fill(n, first_pos, want, seq_ids, positions)
+        self._fill(n, first_pos, want, seq_ids, positions, route)
         self._state_batch.embd = ctypes.cast(states.ctypes.data, ctypes.POINTER(ctypes.c_float))
         self._state_batch.n_tokens = n
-        self._decode(self._state_batch, n)
+        self._decode(self._state_batch, n, route)
 
     def _fill(
         self,
@@ -173,22 +185,27 @@ class Context:
         want: Sequence[int],
         seq_ids: Sequence[int] | None,
         positions: Sequence[int] | None,
+        route: Route | None,
     ) -> None:
+        n_outputs_max = route.last.n_outputs_max if route else self.n_outputs_max
         if not 1 <= n <= self.n_batch:
             raise UsageError(f"a batch of {n} does not fit: this slice takes 1 to {self.n_batch} tokens at once")
-        if len(want) > self.n_outputs_max:
-            raise UsageError(f"{len(want)} rows of logits asked for, this slice gives {self.n_outputs_max} at most")
-        if n == 1 and positions is None:
-            self._pos[0] = first_pos
-        else:
-            self._pos[:n] = np.arange(first_pos, first_pos + n) if positions is None else positions
+        if len(want) > n_outputs_max:
+            raise UsageError(f"{len(want)} rows of logits asked for, this slice gives {n_outputs_max} at most")
+        if n == 1 and positions is None and seq_ids is None:
+            self._pos[0], self._seq[0], self._want[0] = first_pos, 0, len(want)
+            return
+        self._pos[:n] = np.arange(first_pos, first_pos + n) if positions is None else positions
         self._seq[:n] = 0 if seq_ids is None else seq_ids
         self._want[:n] = 0
         for row in want:
             self._want[row] = 1
 
-    def _decode(self, batch: object, n: int) -> None:
-        status = self._c.llama_decode(self.handle, batch)
+    def _decode(self, batch: object, n: int, route: Route | None) -> None:
+        if route is None:
+            status = self._c.llama_decode(self.handle, batch)
+        else:
+            status = self._lib.edge_slices_decode(route.handles, route.n_contexts, batch)
         if status == 0:
             return
         if status == 1:
@@ -279,3 +296,12 @@ class Context:
             self._c = self._lib = Closed("this slice")
             self._views.clear()
             self._hidden_view = None
+
+
+class Route:
+    """Consecutive contexts that a batch runs through in one call."""
+
+    def __init__(self, contexts: Sequence[Context]) -> None:
+        self.last = contexts[-1]
+        self.n_contexts = len(contexts)
+        self.handles = (ctypes.c_void_p * self.n_contexts)(*(c.handle for c in contexts))

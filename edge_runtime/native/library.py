@@ -201,6 +201,7 @@ def _declare(c: Any, lib: Any) -> None:
             [pointer, c.llama_context_params, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool],
         ),
         "edge_slice_hidden": (pointer, [pointer]),
+        "edge_slices_decode": (ctypes.c_int32, [pointer, ctypes.c_int32, c.llama_batch]),
         "gguf_init_from_file": (pointer, [text, GgufInitParams]),
         "gguf_free": (None, [pointer]),
         "gguf_get_data_offset": (ctypes.c_size_t, [pointer]),
