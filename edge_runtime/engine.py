@@ -366,11 +366,12 @@ class Engine:
     def _settled_logits(self) -> Floats:
         """Bring all to full depth: the logits after the newest token; exits due for an audit are judged on the way."""
         newest = len(self.tokens) - 1
-        # the row that predicts position p is that of the token before it
-        positions = sorted({e.position - 1 for e in self._unaudited} | {newest})
-        rows = dict(zip(positions, self._run(0, len(self.slices), positions), strict=True))
-        self._audit({p: logits for p, (logits, _) in rows.items()})
-        logits, state = rows[newest]
+        # the row that predicts position p is that of the token before it; the newest token's comes last
+        positions = [e.position - 1 for e in self._unaudited] + [newest]
+        rows = self._run(0, len(self.slices), positions)
+        if self._unaudited:
+            self._audit({p: logits for p, (logits, _) in zip(positions, rows, strict=True)})
+        logits, state = rows[-1]
         self._last_state = None if state is None else (newest, state)
         return logits
 

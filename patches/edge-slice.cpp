@@ -53,6 +53,15 @@ void edge_slice_configure(llama_cparams & cparams, const llama_hparams & hparams
     }
 }
 
+uint32_t edge_slice_max_nodes(const llama_cparams & cparams, const llama_hparams & hparams, uint32_t n_nodes) {
+    if (cparams.il_end == 0) {
+        return n_nodes;
+    }
+    const uint32_t n_slice = cparams.il_end - cparams.il_start;
+
+    return (uint64_t) n_nodes * (n_slice + 2) / (hparams.n_layer() + 2);
+}
+
 bool edge_slice_keeps_all_rows(const llm_graph_context & graph) {
     return is_slice(graph) && !ends_model(graph);
 }

@@ -15,6 +15,9 @@ struct llm_graph_context;
 // sets the slice that edge_slice_init() asked for; leaves any other context as it is
 void edge_slice_configure(llama_cparams & cparams, const llama_hparams & hparams);
 
+// the share of `n_nodes` graph nodes that a slice needs: those of its layers, and of a model's ends
+uint32_t edge_slice_max_nodes(const llama_cparams & cparams, const llama_hparams & hparams, uint32_t n_nodes);
+
 // true for a slice that ends before the last layer: the next slice needs every row
 bool edge_slice_keeps_all_rows(const llm_graph_context & graph);
 

@@ -98,7 +98,8 @@ class Bench:
         return result
 
     def forced_exit(self, layer: int, truncated: Path) -> Comparison:
-        """(b) Time per token when every token exits after `layer`, against a stock model of so many layers, no head."""
+        """(b) Time per token of the engine when every token exits after `layer`, at a head that costs nothing, against
+        a stock model of so many layers that computes no head."""
         self._open_stock(truncated)
         slices = open_slices(self.model, (layer,), self.options, n_outputs_max=N_TOKENS + 1)
         engine = self._engine(slices, Mode.EXIT, FreeHead(), cap=N_TOKENS)
@@ -110,13 +111,33 @@ class Bench:
             marks = [time.perf_counter() for _ in engine.generate(N_TOKENS)]
             return float(np.median(np.diff(marks)[1:]))
 
-        def theirs() -> float:
-            answer = self.stock.call("decode_unread", prompt=self.prompt, n=N_TOKENS)
-            return float(np.median(answer["seconds"][2:]))
-
-        result = interleave(ours, theirs, self.repeats)
+        result = interleave(ours, self._unread_seconds, self.repeats)
         close_slices(slices)
         return result
+
+    def slice_alone(self, layer: int, truncated: Path) -> Comparison:
+        """(b) Time of a slice of the first `layer` layers for one token, no engine, against the same stock model."""
+        self._open_stock(truncated)
+        piece = Slice(self.model, 0, layer, self.options)
+
+        def ours() -> float:
+            piece.remove(0)
+            piece.decode_tokens(self.prompt, 0)
+            seconds: list[float] = []
+            for i in range(N_TOKENS):
+                started = time.perf_counter()
+                piece.decode_tokens((5,), N_PROMPT + i)
+                piece.hidden(1)
+                seconds.append(time.perf_counter() - started)
+            return float(np.median(seconds[2:]))
+
+        result = interleave(ours, self._unread_seconds, self.repeats)
+        piece.close()
+        return result
+
+    def _unread_seconds(self) -> float:
+        seconds = self.stock.call("decode_unread", prompt=self.prompt, n=N_TOKENS)["seconds"]
+        return float(np.median(seconds[2:]))
 
     def batch_costs(self, sizes: Sequence[int]) -> dict[str, dict[int, Spread]]:
         """(d) c(k): time of a batch of k tokens over that of one, for stock and for each of four slices.

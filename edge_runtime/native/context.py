@@ -216,7 +216,7 @@ class Context:
 
     def logits(self, row: int) -> Floats:
         """Logits (n_vocab,) of batch row `row`, which was in `want`. A view, valid until the next decode."""
-        address = ctypes.cast(self._c.llama_get_logits_ith(self.handle, row), ctypes.c_void_p).value
+        address = self._lib.logits_address(self.handle, row)
         if address is None:
             raise DecodeError(f"no logits were computed for row {row}")
         view = self._views.get(address)

@@ -223,6 +223,9 @@ def _declare(c: Any, lib: Any) -> None:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+    # a second face of the function, giving an address: the bindings' pointer object costs more than the call
+    lib.logits_address = lib["llama_get_logits_ith"]
+    lib.logits_address.restype, lib.logits_address.argtypes = pointer, [pointer, ctypes.c_int32]
 
 
 class GgufInitParams(ctypes.Structure):
