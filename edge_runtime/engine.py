@@ -300,6 +300,7 @@ class Engine:
             accepted = draft is not None and draft.token == token
             if not accepted:
                 self._forget(n_published + i)
+                self.stats.drafted += max(0, len(drafts) - i - 1)  # drafted behind a refused draft, in vain
             self._publish(token)
             yield Step(
                 token=token,
@@ -312,8 +313,6 @@ class Engine:
                 corrected=draft is not None and not accepted,
             )
             if not accepted:
-                # what was drafted behind a refused draft was in vain
-                self.stats.drafted += max(0, len(drafts) - i - 1)
                 return
 
     # ── slices, and what waits between them ─────────────────────────────────────────────────────────────────────────

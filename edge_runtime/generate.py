@@ -78,7 +78,7 @@ class Runtime:
         check_memory(self.header, _context_options(options), n_slices, _n_outputs(options), note)
         self.options = options
         with ExitStack() as opened:
-            self.model = opened.enter_context(Model(self.header.path))
+            self.model = opened.enter_context(Model(self.header.path, header=self.header))
             if not self.model.has_tokenizer:
                 raise UnsupportedModelError(f"{self.header.path} has no tokenizer, so it cannot read text")
             template = ChatTemplate.of(self.model)

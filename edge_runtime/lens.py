@@ -67,7 +67,7 @@ def read_lens(model_name: str, text: str, boundaries: tuple[int, ...] | None = N
     # a token has at least one byte, and two may be added
     at_most = min(MAX_TOKENS, len(text.encode()) + 2)
     check_memory(header, _options(at_most, n_threads), len(layers) + 1, _N_BATCH, lambda _text: None)
-    with Model(header.path) as model:
+    with Model(header.path, header=header) as model:
         if not model.has_tokenizer:
             raise UnsupportedModelError(f"{header.path} has no tokenizer, so it cannot read text")
         tokens = model.tokenize(text, add_special=True, parse_special=True)

@@ -147,3 +147,16 @@ def test_sides_take_turns_and_are_compared_pair_by_pair() -> None:
     # 6/4, 12/5, 14/8
     assert (found.ratio.low, found.ratio.median, found.ratio.high) == (1.5, 1.75, 2.4)
     assert (found.ours.median, found.theirs.median, found.ratio.n) == (12.0, 5.0, 3)
+
+
+def test_a_model_cut_in_its_vocabulary_too_is_layers_alone(tiny_path: TinyMaker, tmp_path: Path) -> None:
+    """The states after its last layer are those of the whole model, for the tokens that it still has."""
+    source = tiny_path("llama", tokenizer=True)
+    cut = truncate_model(source, tmp_path / "cut.gguf", 3, n_vocab=64)
+    options = ContextOptions(n_ctx=256, n_threads=1)
+    with Model(str(source)) as whole, Model(str(cut)) as short:
+        assert (short.n_layer, short.n_vocab, short.has_tokenizer) == (3, 64, False)
+        ours, theirs = Slice(whole, 0, 3, options), Slice(short, 0, 3, options, n_outputs_max=4, want_hidden=True)
+        ours.decode_tokens([5, 9, 63, 7], 0)
+        theirs.decode_tokens([5, 9, 63, 7], 0, range(4))
+        assert np.array_equal(ours.hidden(4), theirs.hidden(4))

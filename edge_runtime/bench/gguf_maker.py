@@ -159,21 +159,31 @@ def _random_blocks(size: tuple[int, ...], scale: float, kind: str, random: np.ra
     return blocks.reshape(rows, -1)
 
 
-def truncate_model(source: Path | str, target: Path | str, n_layer: int) -> Path:
-    """Write a copy of `source` that ends after its first `n_layer` layers, output norm and head kept."""
+def truncate_model(source: Path | str, target: Path | str, n_layer: int, n_vocab: int | None = None) -> Path:
+    """Write a copy of `source` that ends after its first `n_layer` layers, output norm and head kept.
+
+    With `n_vocab`, only so many tokens and rows of the head stay, and no tokenizer: a model of layers alone.
+    """
     reader = GGUFReader(source)
     arch = str(reader.fields["general.architecture"].contents())
     writer = GGUFWriter(target, arch)
     for name, item in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
+        if n_vocab and (name.startswith("tokenizer.") or name == f"{arch}.vocab_size"):
+            continue
         value: Any = n_layer if name == f"{arch}.block_count" else item.contents()
         kind = item.types[0]
         writer.add_key_value(name, value, kind, item.types[-1] if kind is GGUFValueType.ARRAY else None)
+    if n_vocab:
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(n_vocab)
     for tensor in reader.tensors:
+        per_token = tensor.name in ("token_embd.weight", "output.weight")
         layer = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else ""
         if not layer or int(layer) < n_layer:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            data = tensor.data[:n_vocab] if n_vocab and per_token else tensor.data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

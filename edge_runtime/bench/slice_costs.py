@@ -99,7 +99,7 @@ class Bench:
 
     def forced_exit(self, layer: int, truncated: Path) -> Comparison:
         """(b) Time per token of the engine when every token exits after `layer`, at a head that costs nothing, against
-        a stock model of so many layers that computes no head."""
+        a stock model of so many layers and a head of next to no rows."""
         self._open_stock(truncated)
         slices = open_slices(self.model, (layer,), self.options, n_outputs_max=N_TOKENS + 1)
         engine = self._engine(slices, Mode.EXIT, FreeHead(), cap=N_TOKENS)

@@ -213,12 +213,15 @@ class _Worker:
         return {"tokens": tokens, "seconds": seconds}
 
     def decode_unread(self, prompt: list[int], n: int) -> dict[str, list[float]]:
-        """Seconds of each of n tokens decoded after the prompt without asking for logits: the layers alone."""
+        """Seconds of each of n tokens decoded after the prompt, logits computed but not read.
+
+        Without any output, llama.cpp would leave out most of the last layer as well.
+        """
         self._prefill(prompt)
         seconds: list[float] = []
         for i in range(n):
             started = time.perf_counter()
-            self._run([5], [len(prompt) + i], [0], set())
+            self._run([5], [len(prompt) + i], [0], {0})
             self.c.llama_synchronize(self.context)
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
