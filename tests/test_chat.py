@@ -100,7 +100,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(session: ChatSession, m
 
 
 def test_ctrl_c_before_an_answer_forgets_the_question(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -245,8 +245,8 @@ INTERRUPT_AT_PREFILL = """
 import os, signal
 from edge_runtime.slices import Slice
 decode = Slice.decode_tokens
-def interrupting(self, *args):
-    decode(self, *args)
+def interrupting(self, *args, **options):
+    decode(self, *args, **options)
     os.kill(os.getpid(), signal.SIGINT)
 Slice.decode_tokens = interrupting
 """
