@@ -1,0 +1,1 @@
+"""Label packs: text classifiers trained and run on a small device."""
