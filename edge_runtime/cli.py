@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
 from .options import (
     BoundariesOption,
@@ -166,3 +167,7 @@ def models(as_json: JsonOption = False) -> None:
     from .listing import list_models
 
     list_models(as_json=as_json)
+
+
+app.command(epilog=MODERATE_EPILOG)(moderate)
+app.add_typer(labels_app, name="labels")

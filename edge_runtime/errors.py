@@ -9,6 +9,7 @@ EdgeError                       exit code 1
 │   ├── ModelNotFoundError      no such file or name
 │   ├── ModelUnreadableError    not a GGUF, cut short, or damaged
 │   └── UnsupportedModelError   an architecture or kind of file that cannot be sliced
+├── PackError                   a pack is missing, damaged, or of another model
 ├── MemoryLimitError            the model and its context need more memory than there is
 └── DecodeError                 llama.cpp refused or failed a batch
     └── ContextFullError        no room left in the KV cache
@@ -60,6 +61,10 @@ class ModelUnreadableError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
+    pass
+
+
+class PackError(EdgeError):
     pass
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from edge_runtime.errors import EdgeError, UsageError
 from edge_runtime.labels import dataset
 from edge_runtime.labels.dataset import MAX_LABELS, MIN_ROWS_PER_LABEL, ReadCounts, Row, read_rows, sample_rows, split
+from edge_runtime.labels.seen import TextTable
 
 
 def read(path: Path, content: str | bytes, **columns: str) -> tuple[list[tuple[str, str]], ReadCounts]:
@@ -460,7 +461,7 @@ def test_a_column_of_too_many_labels_is_refused_at_once() -> None:
 
 
 def test_the_hash_table_is_a_dictionary() -> None:
-    table = dataset._HashTable()
+    table = TextTable()
     truth: dict[int, int] = {}
     random = np.random.default_rng(0).integers(1, 2**64, size=5000, dtype=np.uint64).tolist()
     # neighbours and equal low bits collide; the table grows, and the last slot is followed by the first

@@ -240,6 +240,38 @@ class _Worker:
             self.c.llama_memory_seq_rm(memory, 0, n_past, -1)
         return {"seconds": seconds}
 
+    def time_messages(self, prefix: list[int], messages: list[list[int]], kind: str) -> dict[str, float]:
+        """Seconds for messages behind a prefix, each through the whole model, with the logits of its last token.
+
+        Kind 'cached': the prefix is computed before and kept, one message at a time, as llama-cpp-python does for
+        prompts that begin alike. 'plain': prefix and message each time. 'batched': as cached, all messages as
+        sequences of one batch, which must have room for them.
+        """
+        memory = self.c.llama_get_memory(self.context)
+        n = len(prefix)
+        self._prefill(prefix)
+        started = time.perf_counter()
+        if kind == "batched":
+            tokens = [token for message in messages for token in message]
+            positions = [n + i for message in messages for i in range(len(message))]
+            seq_ids = [q for q, message in enumerate(messages, 1) for _ in message]
+            ends = [i for i in range(len(seq_ids)) if i + 1 == len(seq_ids) or seq_ids[i + 1] != seq_ids[i]]
+            for q in range(1, len(messages) + 1):
+                self.c.llama_memory_seq_cp(memory, 0, q, -1, -1)
+            self._run(tokens, positions, seq_ids, set(ends))
+            for row in ends:
+                self._logits(row)
+        for message in messages if kind != "batched" else ():
+            tokens = message if kind == "cached" else prefix + message
+            start = n if kind == "cached" else 0
+            self.c.llama_memory_seq_rm(memory, 0, start, -1)
+            for first in range(0, len(tokens), self.n_batch):
+                part = tokens[first : first + self.n_batch]
+                self._run(part, list(range(start + first, start + first + len(part))), [0] * len(part), {len(part) - 1})
+            self._logits((len(tokens) - 1) % self.n_batch)
+        self.c.llama_synchronize(self.context)
+        return {"seconds": time.perf_counter() - started}
+
     def memory(self) -> dict[str, int]:
         """Peak resident memory of this process in bytes."""
         return {"peak_bytes": peak_resident_bytes()}

@@ -13,11 +13,9 @@ import random
 import re
 import stat
 import zlib
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import EdgeError, UsageError
 from .prepare import clean, prepare
+from .seen import TextTable, text_hash
 
 Indices: TypeAlias = NDArray[np.int64]
 
@@ -214,7 +213,7 @@ def sample_rows(rows: Iterable[Row], max_rows: int, seed: int) -> Sample:
     of one, and if `max_rows` has no room for that many.
     """
     rng = random.Random(seed)
-    seen = _HashTable()
+    seen = TextTable()
     ids: dict[str, int] = {}
     totals: Counter[str] = Counter()
     reservoirs: dict[str, list[tuple[int, Row]]] = {}
@@ -228,7 +227,7 @@ def sample_rows(rows: Iterable[Row], max_rows: int, seed: int) -> Sample:
                     "it is probably not the column with the labels; classes should repeat",
                 )
             ids[row.label] = len(ids)
-        before = seen.put(_hash(row.text), ids[row.label])
+        before = seen.put(text_hash(row.text), ids[row.label])
         if before is not None:
             n_duplicates += before == ids[row.label]
             n_conflicting += before != ids[row.label]
@@ -486,50 +485,6 @@ def _show(text: str) -> str:
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------
-
-
-class _HashTable:
-    """64-bit keys, each with a value of one byte: open addressing with linear probing, at most two thirds full."""
-
-    def __init__(self) -> None:
-        self._n = 0
-        self._make(2**12)
-
-    def put(self, key: int, value: int) -> int | None:
-        """The value kept for `key`; None if it is new, and `value` is kept now."""
-        key = key or 1  # 0 marks a free slot
-        keys, at = self._keys, key & self._mask
-        while (found := keys[at]) != key:
-            if not found:
-                break
-            at = (at + 1) & self._mask
-        else:
-            return self._values[at]
-        keys[at], self._values[at] = key, value
-        self._n += 1
-        if 3 * self._n > 2 * len(keys):
-            self._grow()
-        return None
-
-    def _make(self, size: int) -> None:
-        self._mask = size - 1
-        self._keys = array("Q", bytes(8 * size))
-        self._values = bytearray(size)
-
-    def _grow(self) -> None:
-        old_keys, old_values = self._keys, self._values
-        self._make(2 * len(old_keys))
-        keys, values, mask = self._keys, self._values, self._mask
-        for key, value in zip(old_keys, old_values, strict=True):
-            if key:
-                at = key & mask
-                while keys[at]:
-                    at = (at + 1) & mask
-                keys[at], values[at] = key, value
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.casefold().encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _in_natural_order(labels: Iterable[str]) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .context import Context, ContextOptions, KvType, Route
 from .header import read_header
-from .library import BINDINGS_VERSION, BUILD_HINT, Api, exit_on_abort, expected_abi, load, struct_sizes
+from .library import BINDINGS_VERSION, BUILD_HINT, Api, exit_on_abort, expected_abi, library_hash, load, struct_sizes
 from .model import Model
 from .sampler import Candidates, SamplerChain
+from .tensors import Tensors, read_tensors
 
 __all__ = [
     "BINDINGS_VERSION",
@@ -19,9 +20,12 @@ __all__ = [
     "Model",
     "Route",
     "SamplerChain",
+    "Tensors",
     "exit_on_abort",
     "expected_abi",
+    "library_hash",
     "load",
     "read_header",
+    "read_tensors",
     "struct_sizes",
 ]

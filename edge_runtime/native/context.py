@@ -249,6 +249,12 @@ class Context:
         if not self._c.llama_memory_seq_rm(self._memory, seq_id, from_pos, -1):
             raise DecodeError(f"positions from {from_pos} cannot be removed from the KV cache")
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let an empty sequence share what another holds; nothing is copied in memory."""
+        self._check_sequence(source)
+        self._check_sequence(target)
+        self._c.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
     def clear(self) -> None:
         self._c.llama_memory_clear(self._memory, False)
 

@@ -17,7 +17,7 @@ _CELLS = {_UINT32: ctypes.c_uint32, _INT32: ctypes.c_uint32, _BOOL: ctypes.c_uin
 _MAGIC = b"GGUF"
 
 
-class _Gguf:
+class Gguf:
     """Typed look-ups; a value of an unexpected type reads as missing instead of aborting in C."""
 
     def __init__(self, lib: Any, handle: int) -> None:
@@ -65,7 +65,7 @@ def read_header(path: str) -> ModelHeader:
     Raises ModelNotFoundError, UnsupportedModelError (vocabulary only) or ModelUnreadableError: no GGUF, cut short, or
     of a supported architecture and with values that llama.cpp would abort on.
     """
-    _check_readable(path)
+    check_readable(path)
     api = load()
     file_bytes = os.path.getsize(path)
     with api.log.fresh() as log:
@@ -76,7 +76,7 @@ def read_header(path: str) -> ModelHeader:
                 "download or copy the file again and compare its checksum",
             )
     try:
-        gguf = _Gguf(api.lib, handle)
+        gguf = Gguf(api.lib, handle)
         header = _describe(gguf, path, file_bytes)
         if header.architecture in api.supported_architectures:
             _check_plausible(gguf, header)
@@ -85,7 +85,7 @@ def read_header(path: str) -> ModelHeader:
         api.lib.gguf_free(handle)
 
 
-def _check_readable(path: str) -> None:
+def check_readable(path: str) -> None:
     if os.path.isdir(path):
         raise ModelUnreadableError(f"{path} is a directory, not a model file", "name the .gguf file inside it")
     if not os.path.exists(path):
@@ -106,7 +106,7 @@ def _check_readable(path: str) -> None:
         )
 
 
-def _describe(gguf: _Gguf, path: str, file_bytes: int) -> ModelHeader:
+def _describe(gguf: Gguf, path: str, file_bytes: int) -> ModelHeader:
     lib, handle = gguf.lib, gguf.handle
     n_tensors = int(lib.gguf_get_n_tensors(handle))
     data = int(lib.gguf_get_data_offset(handle))
@@ -143,7 +143,7 @@ def _describe(gguf: _Gguf, path: str, file_bytes: int) -> ModelHeader:
     )
 
 
-def _check_plausible(gguf: _Gguf, header: ModelHeader) -> None:
+def _check_plausible(gguf: Gguf, header: ModelHeader) -> None:
     lib, handle = gguf.lib, gguf.handle
     kinds = {
         lib.gguf_get_tensor_name(handle, i).decode("utf-8", "replace"): lib.gguf_get_tensor_type(handle, i)

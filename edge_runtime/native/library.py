@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -151,6 +152,16 @@ def load() -> Api:
     c.llama_log_set(callback, ctypes.c_void_p(0))
     c.llama_backend_init()
     return Api(c, lib, log)
+
+
+@functools.cache
+def library_hash() -> str:
+    """Identity of the loaded build: a hash of its files, for what must not outlive it."""
+    digest = hashlib.sha256()
+    for path in sorted(library_dir().glob("lib*")):
+        digest.update(path.name.encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def exit_on_abort() -> None:
