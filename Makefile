@@ -18,7 +18,9 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "  DEVICE=NAME          build for a board of devices/ (default: native)"
 
-demo: library ## set up, then generate text at three depths
+demo: library ## set up, then moderate messages, and generate text at three depths
+	@echo "--- moderate" >&2; $(VENV)/bin/edge-run moderate "Thanks for the birthday wishes everyone" \
+		"what a dumbass" "Nobody would notice if you were gone." "La réunion est reportée à demain."
 	@for mode in full exit verified; do \
 		echo "--- mode $$mode" >&2; \
 		$(VENV)/bin/edge-run generate --model smollm2-135m --mode $$mode --show-exits --audit-rate 1 --max-tokens 96 \

@@ -50,9 +50,11 @@ def train_labels(request: TrainRequest) -> None:
     out = request.out or Path(f"{_stem(request.data)}.labels.gguf")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(f"a pack cannot be written to {out}", "name a file in a folder that exists with --out")
+    _check_overwrites(out, request.data)
     boundaries = parse_boundaries(request.boundaries)
     start_library(verbose=request.verbose)
     path = find_model(request.model)
+    _check_overwrites(out, path)
     identity = identify(path)
     sample = _read(request)
     try:
@@ -80,6 +82,7 @@ def train_labels(request: TrainRequest) -> None:
         return
     for line in summary_lines(trained.pack.report):
         print(line)
+    display.tell(f"hidden states are kept in {trained.kept_states} for another run; they may be deleted")
     display.tell(f"the pack is in {out} ({size / 1024:.0f} KiB); use it with: edge-run labels run --pack {out}")
 
 
@@ -95,11 +98,16 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         left = cascade["left_at"].get(name)
         share = "" if left is None else f"{left:.1%}"
         lines.append(f"{name:<24} {found['accuracy']:>9.3f} {found['macro_f1']:>9.3f} {share:>10}")
+    if data["longer_than_max_tokens"]:
+        lines.append(f"{data['longer_than_max_tokens']:,} messages were too long and cut at their end (--max-tokens)")
     holds = "certified" if report["certificate"]["holds"] else "NOT certified"
     lines.append(f"{holds}: {report['certificate']['sentence']}")
     if not report["certificate"]["holds"]:
         needed = report["certificate"]["messages_needed"]
-        lines.append(f"the calibration part has {data['calibration']:,} messages; at least {needed:,} are needed")
+        if data["calibration"] < needed:
+            lines.append(f"the calibration part has {data['calibration']:,} messages; at least {needed:,} are needed")
+        else:
+            lines.append("too much goes wrong for the messages there are: allow more of it, or give more messages")
     lines.append(f"mean depth {cascade['mean_layer']:.1f} layers, unsure {cascade['unsure']:.1%}")
     return lines
 
@@ -107,7 +115,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 def _guarantee(request: TrainRequest) -> Guarantee:
     if request.max_loss is not None and request.max_error is not None:
         raise UsageError("--max-loss and --max-error exclude each other", "give one of them")
-    delta = 1 - request.confidence
+    delta = round(1 - request.confidence, 12)
     if request.max_error is not None:
         return Guarantee("error", request.max_error, delta)
     if not request.full_depth:
@@ -115,6 +123,11 @@ def _guarantee(request: TrainRequest) -> Guarantee:
             raise UsageError("--max-loss compares with full depth", "drop --no-full-depth, or use --max-error")
         return Guarantee("error", 0.1, delta)
     return Guarantee("depth", 0.01 if request.max_loss is None else request.max_loss, delta)
+
+
+def _check_overwrites(out: Path, source: Path) -> None:
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(f"the pack would take the place of {source}", "name another file with --out")
 
 
 def _stem(path: Path) -> str:

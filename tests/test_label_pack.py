@@ -52,7 +52,13 @@ def make_pack(bits: int = 10, seed: int = 0, probes: int = 2, **changes: Any) ->
     )
     weights = random.integers(-127, 128, (N_LABELS, 2**bits)).astype(np.int8)
     states = StateNovelty(
-        random_floats(random, N_EMBD), random_floats(random, 4, N_EMBD), np.abs(random_floats(random, 5)), -0.5, 0.25
+        random_floats(random, N_EMBD),
+        random_floats(random, 4, N_EMBD),
+        np.abs(random_floats(random, 5)),
+        -0.5,
+        0.25,
+        0.1,
+        3.5,
     )
     fields: dict[str, Any] = {
         "name": "test",

@@ -160,16 +160,6 @@ def test_states_too_large_for_half_precision_end_at_its_limit(tmp_path: Path) ->
     assert cache.read([message_key([1])], 5, "max")[0].tolist() == [65504, -65504, 1, 0]
 
 
-def test_clearing_removes_all(kept: tuple[Path, list[list[int]]]) -> None:
-    folder, messages = kept
-    cache = opened(folder)
-    cache.clear()
-    assert message_key(messages[0]) not in cache
-    assert not shards(folder)
-    collect(FakeTrunk((2, 5)), messages, cache, quiet)  # type: ignore[arg-type]
-    assert_kept(cache, messages)
-
-
 # ── groups ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -79,9 +79,9 @@ def make_pack(model: Path, thresholds: Sequence[float] = (0.8, 0.5, ALWAYS), **c
         weights=np.array([1.0, 1.3, 0.8], np.float32),
         thresholds=np.repeat(np.array(thresholds, np.float32)[:, None], n, axis=1),
         unsure_below=0.85,
-        words=dataclasses.replace(fit_word_novelty([" ".join(WORDS)] * 2), limit=0.4),
+        words=dataclasses.replace(fit_word_novelty([" ".join(WORDS)] * 2)[0], limit=0.4),
         # with this offset some of the messages are beyond the limit
-        states=StateNovelty(np.zeros(N_EMBD, np.float32), basis, np.ones(4, np.float32), 0.0, 2.0),
+        states=StateNovelty(np.zeros(N_EMBD, np.float32), basis, np.ones(4, np.float32), 0.0, 1.0, 1e6, 2.0),
         references={},
         report={},
     )

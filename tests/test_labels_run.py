@@ -344,7 +344,7 @@ def test_the_pack_says_when_to_be_unsure_unless_the_user_does(run: RunCli, save:
 
 
 def test_unfamiliar_messages_are_marked(run: RunCli, save: Saver, model_path: Path) -> None:
-    words = dataclasses.replace(fit_word_novelty(["hello you"]), limit=0.5)
+    words = dataclasses.replace(fit_word_novelty(["hello you"])[0], limit=0.5)
     verb = ("labels", "run", "--pack", save((ALWAYS, ALWAYS, ALWAYS), words=words), "-m", model_path, "--threads", 1)
     result = run(*verb, "hello you", "brillig slithy toves")
     assert [row[2:4] for row in table(result)] == [["layer 0", "-"], ["layer 4", "unfamiliar"]]

@@ -167,7 +167,7 @@ def measure_memory(
     with Model(str(model_path)) as model:
         prefix = prefix_tokens(model, pack.instruction)
         messages = [message_tokens(model, prepare(text), pack.max_tokens)[0] for text in texts]
-    n_ctx = len(prefix) + max(512, pack.max_tokens)
+    n_ctx = len(prefix) + max(256, pack.max_tokens)
     stock.open(model_path, n_ctx=n_ctx, n_batch=512, flash_attention=True, n_threads=n_threads)
     stock.call("time_messages", prefix=prefix, messages=messages, kind="cached")
     return Memory(answer["peak_bytes"], stock.call("memory")["peak_bytes"], answer["n_open"], len(pack.probes))

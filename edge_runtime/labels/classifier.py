@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +60,7 @@ class _Message:
     """One message on its way."""
 
     raw: list[Floats]  # uncalibrated scores (n_labels,) of the stages so far
+    new_share: float  # of its words
     unfamiliar: bool
     novelty: float | None = None
     n_cut: int = 0
@@ -105,8 +105,9 @@ class LabelClassifier:
             return []
         raw = self.pack.ngrams.scores(prepared)
         weighed = weigh(self.pack.ngrams.probabilities(raw), self.pack.weights)
-        new_words = self.pack.words.unfamiliar(self.pack.words.new_shares(prepared))
-        messages = [_Message([raw[i]], bool(new_words[i])) for i in range(len(prepared))]
+        new_shares = self.pack.words.new_shares(prepared)
+        new_words = self.pack.words.unfamiliar(new_shares)
+        messages = [_Message([raw[i]], float(new_shares[i]), bool(new_words[i])) for i in range(len(prepared))]
         leaving = leaves(weighed, self.pack.thresholds[0]) & ~new_words
         if not self.options.use_ngrams or self.options.full_cascade:
             leaving[:] = False
@@ -133,6 +134,8 @@ class LabelClassifier:
 
     async def predict_async(self, texts: Sequence[str]) -> list[Decision]:
         """As `predict`, in a thread, so that an event loop goes on meanwhile."""
+        import asyncio  # three megabytes that only those need who run a loop
+
         return await asyncio.to_thread(self.predict, texts)
 
     async def stream_async(self, texts: AsyncIterable[str]) -> AsyncIterator[Decision]:
@@ -172,7 +175,8 @@ class LabelClassifier:
             pooled = np.stack([np.concatenate([pool(s, kind) for kind in probe.pools]) for s in states])
             if stage == 1 and self.pack.states is not None:
                 means = np.stack([pool(s, "mean") for s in states])
-                novelties = self.pack.states.scores(means, np.array([len(s) for s in states]))
+                new_shares = np.array([message.new_share for message in members], np.float32)
+                novelties = self.pack.states.scores(means, np.array([len(s) for s in states]), new_shares)
                 for message, novelty in zip(members, novelties, strict=True):
                     message.novelty = float(novelty)
                     message.unfamiliar |= bool(novelty > 1)
@@ -290,4 +294,4 @@ def message_tokens(model: Model, text: str, max_tokens: int) -> tuple[list[int],
 
 def trunk_options(max_tokens: int, n_threads: int) -> TrunkOptions:
     """Room for the longest message, and for a few ordinary ones at once."""
-    return TrunkOptions(n_tokens=max(512, max_tokens), n_threads=n_threads)
+    return TrunkOptions(n_tokens=max(256, max_tokens), n_threads=n_threads)

@@ -234,7 +234,7 @@ def _ask_all_stages(
 ) -> _Answers:
     n, n_stages = len(texts), len(pack.layers)
     raw = [np.empty((n, len(pack.labels)), np.float32) for _ in range(n_stages)]
-    new_words = np.empty(n, np.bool_)
+    new_shares = np.empty(n, np.float32)
     novelty = None if pack.states is None else np.empty(n, np.float32)
     n_tokens = np.zeros(n, np.int64)
     seconds = np.zeros(n_stages, np.float32)
@@ -246,7 +246,7 @@ def _ask_all_stages(
             watch = _Watch()
             part = [prepare(text) for text in texts[start : start + _BATCH]]
             raw[0][start : start + len(part)] = pack.ngrams.scores(part)
-            new_words[start : start + len(part)] = pack.words.unfamiliar(pack.words.new_shares(part))
+            new_shares[start : start + len(part)] = pack.words.new_shares(part)
             seconds[0] += watch.lap()
             if not pack.probes:
                 reporter.progress(start + len(part), n)
@@ -257,13 +257,14 @@ def _ask_all_stages(
             first = start
             for members in groups(tokens, trunk):
                 rows = np.arange(first, first + len(members))
-                _climb(pack, trunk, members, rows, raw, novelty, seconds)
+                _climb(pack, trunk, members, rows, raw, novelty, new_shares, seconds)
                 first += len(members)
                 reporter.progress(first, n)
     finally:
         trunk.close()
     probabilities = [pack.ngrams.probabilities(raw[0])]
     probabilities += [probe.probabilities(scores) for probe, scores in zip(pack.probes, raw[1:], strict=True)]
+    new_words = pack.words.unfamiliar(new_shares)
     unfamiliar = new_words if novelty is None else new_words | (novelty > 1)
     held = [new_words, *[unfamiliar] * len(pack.probes)]
     return _Answers(probabilities, held, novelty, StageTimes(seconds, n_tokens))
@@ -276,6 +277,7 @@ def _climb(
     rows: Rows,
     raw: list[Floats],
     novelty: Floats | None,
+    new_shares: Floats,
     seconds: Floats,
 ) -> None:
     """Take messages through all boundaries, filling the `rows` of `raw` and `novelty`, and adding up the time."""
@@ -287,7 +289,7 @@ def _climb(
         if stage == 1 and novelty is not None:
             assert pack.states is not None
             means = np.stack([pool(s, "mean") for s in states])
-            novelty[rows] = pack.states.scores(means, np.array([len(s) for s in states]))
+            novelty[rows] = pack.states.scores(means, np.array([len(s) for s in states]), new_shares[rows])
         pooled = np.stack([np.concatenate([pool(s, kind) for kind in probe.pools]) for s in states])
         raw[stage][rows] = probe.scores(pooled, [score_features(raw[i][rows]) for i in range(stage)])
         seconds[stage] += watch.lap()

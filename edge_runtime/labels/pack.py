@@ -33,6 +33,7 @@ _ARCHITECTURE = "edge-labels"
 _VERSION = 1
 _MANIFEST, _CHECKSUM = "edge.labels.manifest", "edge.labels.crc32"
 _MAKE = "make a pack with `edge-run labels train`"
+_STATE_NUMBERS = ("length_slope", "distance_scale", "words_scale", "offset")
 _INT8 = ("ngrams.weights", "words.table")
 _AGAIN = "train it again with `edge-run labels train`"
 
@@ -211,7 +212,7 @@ def _manifest(pack: LabelPack) -> dict[str, Any]:
         "ngrams": {"bits": pack.ngrams.bits, "temperature": pack.ngrams.temperature},
         "probes": [{"layer": p.layer, "pools": p.pools, "temperature": p.temperature} for p in pack.probes],
         "words": {"limit": pack.words.limit},
-        "states": states and {"length_slope": states.length_slope, "length_offset": states.length_offset},
+        "states": states and {key: getattr(states, key) for key in _STATE_NUMBERS},
         "references": {key: reference.n for key, reference in pack.references.items()},
         "report": pack.report,
     }
@@ -283,8 +284,7 @@ def _assemble(manifest: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Labe
             arrays["states.mean"].reshape(n_embd),
             arrays["states.basis"].reshape(-1, n_embd),
             arrays["states.variances"],
-            states["length_slope"],
-            states["length_offset"],
+            *(states[key] for key in _STATE_NUMBERS),
         ),
         references={
             key: Reference(arrays[f"reference.{key}.values"], arrays[f"reference.{key}.shares"], n)

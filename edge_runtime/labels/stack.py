@@ -26,6 +26,7 @@ _PENALTIES = (0.3, 0.1, 0.03, 0.01)
 _SCORE_PENALTY = 0.01  # of the earlier stages' scores: few, and known to be good
 # of the log-loss, for a boundary to be worth having: at least, and for as many layers as the model has
 _MIN_GAIN, _GAIN_PER_MODEL = 0.003, 0.03
+_LEAST_GAIN = 1e-4  # nats: below, hardly a message is decided otherwise
 _TRIAL_ROWS = 6000  # to choose poolings with
 _TRIAL_ITERATIONS = 40
 
@@ -160,7 +161,7 @@ class StackFitter:
         `depth`: the layers it takes more, as a share of the model's. They have to be paid for.
         """
         before, after = (self.loss_of(stage) for stage in self.stages[-2:])
-        worth = after <= before * (1 - max(_MIN_GAIN, _GAIN_PER_MODEL * depth))
+        worth = before - after >= max(_LEAST_GAIN, before * max(_MIN_GAIN, _GAIN_PER_MODEL * depth))
         if not worth:
             self.stages.pop()
         return worth

@@ -7,7 +7,6 @@ is damaged is forgotten and computed again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import zlib
@@ -116,14 +115,6 @@ class StateCache:
             values = mapped[: len(mapped) // size * size].reshape(-1, len(layers), len(POOLS), self.n_embd)
             out[members] = values[rows, layers.index(layer), POOLS.index(kind)]
         return out
-
-    def clear(self) -> None:
-        """Remove all that is kept."""
-        self._places.clear()
-        with contextlib.suppress(OSError):
-            for path in self.folder.glob("*.states"):
-                path.unlink()
-            self.folder.rmdir()
 
 
 def collect(trunk: Trunk, messages: Sequence[Sequence[int]], cache: StateCache, progress: Progress) -> None:

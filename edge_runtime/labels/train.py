@@ -6,7 +6,9 @@ part, and the test part, which nothing else has seen, is what the report is abou
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,8 @@ _IMBALANCED = 3.0  # the largest label's messages over the smallest's
 _MARK = "\x00"
 _LEAST = 1e-6  # probability: below, a log-loss would be all that counts
 _MAX_TABLE = 800_000  # bytes of n-gram weights in a pack
+_MIN_BOUND = 1e-5  # takes hundreds of thousands of messages
+_CALIBRATION = 0.15 / 0.7  # messages, per message of the training part
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +67,11 @@ class Guarantee:
     delta: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.bound < 1 or not 0 < self.delta < 1:
-            raise UsageError(f"{self.kind} {self.bound} at delta {self.delta} cannot be certified", "both within 0 … 1")
+        if not _MIN_BOUND <= self.bound < 1 or not 0 < self.delta < 1:
+            raise UsageError(
+                f"{self.kind} {self.bound:g} with confidence {1 - self.delta:g} cannot be certified",
+                f"give a bound from {_MIN_BOUND:g} to below 1, and a confidence between 0 and 1",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,7 @@ class Trained:
     calibration: Evidence
     test: Evidence
     settings: list[Setting]
+    kept_states: Path  # folder of the hidden states, for the next run on the same messages
 
 
 def default_instruction(model: Model, labels: Sequence[str]) -> str:
@@ -162,7 +170,9 @@ def train(
     check_boundaries(boundaries, model.n_layer)
     layers = (*boundaries, model.n_layer) if options.full_depth else boundaries
     parts = split(sample.rows, sample.labels, seed=options.seed)
-    instruction = options.instruction or default_instruction(model, sample.labels)
+    instruction = options.instruction
+    if instruction is None:
+        instruction = default_instruction(model, sample.labels)
     data = _Data(sample, model, identity, instruction, layers, options)
     data.collect(reporter)
     reporter.say("fitting")
@@ -178,13 +188,13 @@ def train(
     pack.report.update(
         data=_describe(sample, data, parts),
         objective=objective,
-        certificate={"sentence": certificate.sentence(), **_plain(certificate)},
-        level=settings[chosen].level,
+        certificate={"sentence": certificate.sentence(), **_plain(certificate, options.guarantee)},
+        level=None if math.isnan(settings[chosen].level) else settings[chosen].level,
         training={"trials": fitted.trials, "out_of_fold_log_loss": fitted.losses},
         test=describe_evidence(pack, test),
         seconds=round(time.monotonic() - started, 1),
     )
-    return Trained(pack, calibration, test, settings)
+    return Trained(pack, calibration, test, settings, data.cache.folder)
 
 
 # ── data ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,6 +222,15 @@ class _Data:
         self.tokens = [kept for kept, _ in tokens]
         self.n_tokens = np.array([len(t) for t in self.tokens], np.int64)
         prefix = prefix_tokens(model, instruction)
+        if not prefix:
+            raise UsageError("the instruction has no tokens", "give some text, or none to have one made of the labels")
+        longest = model.n_ctx_train - len(prefix)
+        if options.max_tokens > longest:
+            raise UsageError(
+                f"messages of {options.max_tokens} tokens do not fit behind the instruction's {len(prefix)}: "
+                f"the model was trained on {model.n_ctx_train}",
+                f"use a --max-tokens of {max(1, longest)} or less, or a shorter --instruction",
+            )
         build = library_hash()
         self._keys = [message_key(t) for t in self.tokens]
         folder = (options.cache or cache_dir()) / "states"
@@ -299,11 +318,12 @@ class _Fitted:
             full = stages[-1] if self.probes and self.probes[-1] is self.full else None
             full = self.full.probabilities(ask(self.full, raw)) if full is None else full
         plain = None if self.plain_full is None else self.plain_full.probabilities(ask(self.plain_full, []))
-        held = [self.words.unfamiliar(self.words.new_shares(texts))]
+        new_shares = self.words.new_shares(texts)
+        held = [self.words.unfamiliar(new_shares)]
         novelty = None
         if self.states is not None:
             means = data.pooled(self.probes[0].layer, "mean", rows)
-            novelty = self.states.scores(means, data.n_tokens[rows])
+            novelty = self.states.scores(means, data.n_tokens[rows], new_shares)
             held += [held[0] | (novelty > 1)] * len(self.probes)
         return Evidence(stages, full, plain, held, novelty, data.labels[rows])
 
@@ -382,15 +402,16 @@ def _fit(data: _Data, rows: Rows, boundaries: tuple[int, ...], options: TrainOpt
         plain = fit_layer(alone, data.n_layer)
         losses["full depth alone"] = alone.loss_of(alone.stages[-1])
     kept = [stage.probabilities for stage in fitter.stages]
+    words, new_shares = fit_word_novelty(texts)
     states = None
     if probes:
-        states = fit_state_novelty(data.pooled(probes[0].layer, "mean", rows), data.n_tokens[rows])
+        states = fit_state_novelty(data.pooled(probes[0].layer, "mean", rows), data.n_tokens[rows], new_shares)
     return _Fitted(
         ngrams=ngrams,
         probes=probes,
         full=full,
         plain_full=plain,
-        words=fit_word_novelty(texts),
+        words=words,
         states=states,
         out_of_fold=kept,
         losses={key: round(loss, 4) for key, loss in losses.items()},
@@ -417,13 +438,34 @@ def _settings(fitted: _Fitted, weights: Floats, truth: Labels, objective: str, o
         return plain
     safe = sum(level <= _SAFE_LEVEL for level in levels)
     abstaining = [Setting(thresholds[safe], float(u), plain[safe].level) for u in _ABSTENTION]
-    return abstaining + plain[safe + 1 :]
+    first = _surest(abstaining, weighed, fitted.out_of_fold, truth, options.guarantee.bound)
+    return abstaining[first:] + plain[safe + 1 :]
+
+
+def _surest(
+    settings: Sequence[Setting], weighed: Sequence[Floats], stages: Sequence[Floats], truth: Labels, bound: float
+) -> int:
+    """Which of settings that abstain less and less is the likeliest to be certified, by the training rows.
+
+    It need not be the first: one that answers few messages cannot be certified, however right it is.
+    """
+    outcome = run(weighed, settings[0].thresholds)
+    confidence = left_with(outcome, stages)[np.arange(len(truth)), outcome.labels]
+    p_values = []
+    for setting in settings:
+        answered = confidence >= setting.unsure_below
+        n = round(_CALIBRATION * int(answered.sum()))
+        errors = round(_CALIBRATION * int((answered & (outcome.labels != truth)).sum()))
+        p_values.append(binomial_p_value(min(errors, n), n, bound))
+    return int(np.argmin(p_values))
 
 
 def certify(
     settings: Sequence[Setting], rows: Evidence, weights: Floats, guarantee: Guarantee
 ) -> tuple[int, Certificate]:
     """The boldest setting that is certified on `rows`, and its certificate; the safest, not certified, if none is."""
+    # bets are made on one message after the other: in a file sorted by label, the first would decide for all
+    rows = rows.part(np.random.default_rng(0).permutation(len(rows.truth)))
     full_right = None
     if guarantee.kind == "depth":
         assert rows.full is not None
@@ -526,7 +568,22 @@ def quality(pack: LabelPack, probabilities: Floats, decided: Labels, truth: Labe
     }
 
 
-def _plain(certificate: Certificate) -> dict[str, Any]:
+def _messages_needed(guarantee: Guarantee) -> int:
+    """Smallest number of calibration messages that, all without loss, would certify it."""
+    bound, delta = guarantee.bound, guarantee.delta
+    enough = messages_needed(bound, delta)
+    if guarantee.kind == "error":
+        return enough
+
+    def certifies(n: int) -> bool:
+        return betting_p_value(np.zeros(n), bound, -1.0, 1.0, delta=delta) <= delta
+
+    while not certifies(enough):
+        enough *= 2
+    return bisect_left(range(enough), True, key=certifies)
+
+
+def _plain(certificate: Certificate, guarantee: Guarantee) -> dict[str, Any]:
     return {
         "kind": certificate.kind,
         "bound": certificate.bound,
@@ -535,5 +592,5 @@ def _plain(certificate: Certificate) -> dict[str, Any]:
         "risk": round(certificate.risk, 5),
         "p_value": round(certificate.p_value, 6),
         "holds": certificate.holds,
-        "messages_needed": messages_needed(certificate.bound, certificate.delta),
+        "messages_needed": _messages_needed(guarantee),
     }

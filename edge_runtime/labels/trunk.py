@@ -29,8 +29,8 @@ N_BATCH = 32
 class TrunkOptions:
     """`n_tokens` and `n_messages` bound what is in flight at once."""
 
-    n_tokens: int = 512
-    n_messages: int = 16
+    n_tokens: int = 256
+    n_messages: int = 6
     n_threads: int = 0  # 0: all physical cores
 
 

@@ -160,7 +160,9 @@ def library_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(library_dir().glob("lib*")):
         digest.update(path.name.encode() + b"\0")
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
     return digest.hexdigest()
 
 
