@@ -30,7 +30,7 @@ class TrunkOptions:
     """`n_tokens` and `n_messages` bound what is in flight at once."""
 
     n_tokens: int = 256
-    n_messages: int = 6
+    n_messages: int = 4
     n_threads: int = 0  # 0: all physical cores
 
 
