@@ -10,7 +10,8 @@ from . import display
 from .errors import UsageError
 from .labels.dataset import ReadCounts, Sample, read_rows, sample_rows
 from .labels.pack import identify
-from .labels.train import Guarantee, TrainOptions, train
+from .labels.thresholds import Guarantee
+from .labels.train import TrainOptions, train
 from .labels_progress import read_notes, reporting
 from .models import find_model
 from .native import Model

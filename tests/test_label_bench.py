@@ -11,7 +11,8 @@ import pytest
 from edge_runtime.bench.label_quality import balanced_rows, certification, difference, qualities, rivals_of
 from edge_runtime.bench.stock import StockProcess
 from edge_runtime.labels import LabelPack, find_pack
-from edge_runtime.labels.train import Evidence, Guarantee, Setting, Trained, apply, certify
+from edge_runtime.labels.thresholds import Evidence, Guarantee, Setting, apply, certify
+from edge_runtime.labels.train import Trained
 from edge_runtime.types import Floats
 
 from .conftest import TinyMaker
@@ -95,7 +96,7 @@ def test_the_empirical_risk_alone_would_break_its_bound(
     def naive(errors: int, n: int, bound: float) -> float:
         return 0.0 if errors <= n * bound else 1.0
 
-    monkeypatch.setattr("edge_runtime.labels.train.binomial_p_value", naive)
+    monkeypatch.setattr("edge_runtime.labels.thresholds.binomial_p_value", naive)
     result = certification(trained, tight, trained.settings, 200, seed=0)
     assert result.broken_in_pool > 0.15 * result.n_splits
 

@@ -24,18 +24,8 @@ from edge_runtime.labels.novelty import fit_state_novelty, fit_word_novelty
 from edge_runtime.labels.pack import LabelPack, identify
 from edge_runtime.labels.reporter import Reporter
 from edge_runtime.labels.stack import StackFitter
-from edge_runtime.labels.train import (
-    Evidence,
-    Guarantee,
-    Setting,
-    Trained,
-    TrainOptions,
-    apply,
-    candidate_boundaries,
-    certify,
-    default_instruction,
-    train,
-)
+from edge_runtime.labels.thresholds import Evidence, Guarantee, Setting, apply, certify
+from edge_runtime.labels.train import Trained, TrainOptions, candidate_boundaries, default_instruction, train
 from edge_runtime.native import Model
 from edge_runtime.types import Floats, check_boundaries
 

@@ -16,7 +16,8 @@ from ..errors import EdgeError
 from ..labels.cascade import decision_weights, weigh
 from ..labels.dataset import Sample, split
 from ..labels.metrics import auroc, macro_f1
-from ..labels.train import Evidence, Guarantee, Setting, Trained, apply, certify, left_with
+from ..labels.thresholds import Evidence, Guarantee, Setting, apply, certify, left_with
+from ..labels.train import Trained
 from ..types import Floats
 
 Labels = NDArray[np.int64]

@@ -27,7 +27,7 @@ from .reporter import Reporter
 from .seen import TextTable, text_hash
 from .stack import score_features
 from .states import groups, pool
-from .train import Evidence, Labels, Rows, Setting, apply
+from .thresholds import Evidence, Labels, Rows, Setting, apply
 from .trunk import Trunk
 
 FULL_DEPTH_ROWS = 200  # messages timed through all layers, which is slow

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import UsageError
 from .dataset import ReadCounts, Row, Sample, read_rows, sample_rows
 from .pack import LabelPack
-from .train import Guarantee, TrainOptions
+from .thresholds import Guarantee
+from .train import TrainOptions
 
 NAME = "moderation-smollm2-135m"
 # a user's turn of the model's chat format; the message stands behind it

@@ -8,70 +8,36 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..cache import cache_dir
-from ..certify import Certificate, betting_p_value, binomial_p_value, fixed_sequence, messages_needed
 from ..errors import UsageError
 from ..native import Model, library_hash
 from ..templates import ChatTemplate, Message
 from ..types import Floats, check_boundaries
-from .cascade import Outcome, candidates, decision_weights, run, weigh
-from .classifier import CONFIDENCE, DISTANCE, message_tokens, prefix_tokens, trunk_options
+from .cascade import decision_weights
+from .classifier import message_tokens, prefix_tokens, trunk_options
 from .dataset import Sample, split
-from .drift import Reference, reference_of
-from .metrics import auroc, calibration_error, confusion, macro_f1, precision_recall
 from .ngrams import ngram_rows
-from .novelty import StateNovelty, fit_state_novelty, fit_word_novelty
-from .pack import LabelPack, ModelIdentity, quantise
+from .novelty import StateNovelty, WordNovelty, fit_state_novelty, fit_word_novelty
+from .pack import LabelPack, ModelIdentity, NgramStage, quantise
 from .prefix import PrefixStore
+from .report import certificate_record, describe_evidence
 from .reporter import Reporter
 from .stack import Probe, StackFitter, score_features
 from .states import StateCache, collect, message_key
+from .thresholds import Evidence, Guarantee, Rows, Setting, certify, references_of, settings_of
 from .trunk import Trunk
 
-Labels = NDArray[np.int64]
-Rows = NDArray[np.int64]
-Pooled = Callable[[int, str, Rows], Floats]
-
 _DEPTHS = (1 / 15, 2 / 15, 1 / 5, 4 / 15, 2 / 5, 8 / 15)  # candidate boundaries, as shares of the layers
-# of harm that exits may do, see `candidates`
-LEVELS = (0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05)
-_SAFE_LEVEL = 0.001  # of LEVELS, at which abstention is tried first
-_ABSTENTION = np.linspace(0.99, 0.0, 34)
 _IMBALANCED = 3.0  # the largest label's messages over the smallest's
 _MARK = "\x00"
-_LEAST = 1e-6  # probability: below, a log-loss would be all that counts
 _MAX_TABLE = 800_000  # bytes of n-gram weights in a pack
-_MIN_BOUND = 1e-5  # takes hundreds of thousands of messages
-_CALIBRATION = 0.15 / 0.7  # messages, per message of the training part
-
-
-@dataclass(frozen=True, slots=True)
-class Guarantee:
-    """What thresholds are certified for, with probability 1 - delta.
-
-    'depth': accuracy at most `bound` below that of the whole model, followed by a probe that sees all stages' scores.
-    'error': error rate of the labels given at most `bound`, with abstention where that is needed.
-    """
-
-    kind: Literal["depth", "error"] = "depth"
-    bound: float = 0.01
-    delta: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not _MIN_BOUND <= self.bound < 1 or not 0 < self.delta < 1:
-            raise UsageError(
-                f"{self.kind} {self.bound:g} with confidence {1 - self.delta:g} cannot be certified",
-                f"give a bound from {_MIN_BOUND:g} to below 1, and a confidence between 0 and 1",
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,40 +54,6 @@ class TrainOptions:
     n_threads: int = 0
     seed: int = 0
     cache: Path | None = None  # of hidden states
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A point that thresholds can be set to."""
-
-    thresholds: Floats
-    unsure_below: float
-    level: float  # of harm per exit in training, NaN without exits
-
-
-@dataclass(slots=True)
-class Evidence:
-    """What each stage says of some rows, calibrated; `full` is the whole model's, where it was computed."""
-
-    stages: list[Floats]
-    full: Floats | None
-    plain_full: Floats | None  # a probe on the last layer that sees no other stage
-    held: list[NDArray[np.bool_]]  # per stage: known there to be unlike the training messages
-    novelty: Floats | None
-    truth: Labels
-
-    def part(self, rows: Rows) -> Evidence:
-        def take(values: Floats | None) -> Floats | None:
-            return None if values is None else values[rows]
-
-        return Evidence(
-            [stage[rows] for stage in self.stages],
-            take(self.full),
-            take(self.plain_full),
-            [mask[rows] for mask in self.held],
-            take(self.novelty),
-            self.truth[rows],
-        )
 
 
 @dataclass(slots=True)
@@ -182,13 +114,15 @@ def train(
     calibration, test = evidence
     objective = options.objective or _objective_for(sample)
     weights = decision_weights(fitted.last_out_of_fold, data.labels[parts[0]], objective)
-    settings = _settings(fitted, weights, data.labels[parts[0]], objective, options)
+    settings = settings_of(
+        fitted.out_of_fold, weights, data.labels[parts[0]], objective, options.guarantee, options.max_harm
+    )
     chosen, certificate = certify(settings, calibration, weights, options.guarantee)
     pack = fitted.pack(name, sample.labels, data, weights, settings[chosen], calibration)
     pack.report.update(
         data=_describe(sample, data, parts),
         objective=objective,
-        certificate={"sentence": certificate.sentence(), **_plain(certificate, options.guarantee)},
+        certificate={"sentence": certificate.sentence(), **certificate_record(certificate, options.guarantee)},
         level=None if math.isnan(settings[chosen].level) else settings[chosen].level,
         training={"trials": fitted.trials, "out_of_fold_log_loss": fitted.losses},
         test=describe_evidence(pack, test),
@@ -286,11 +220,11 @@ def _describe(sample: Sample, data: _Data, parts: Sequence[Rows]) -> dict[str, A
 class _Fitted:
     """All that was fitted on the training rows."""
 
-    ngrams: Any
+    ngrams: NgramStage
     probes: list[Probe]
     full: Probe | None  # sees all stages; also the last of `probes` where it gains
     plain_full: Probe | None
-    words: Any
+    words: WordNovelty
     states: StateNovelty | None
     out_of_fold: list[Floats]  # calibrated probabilities of each stage
     losses: dict[str, float]
@@ -349,7 +283,7 @@ class _Fitted:
             unsure_below=setting.unsure_below,
             words=self.words,
             states=self.states,
-            references=_references(calibration, weights, setting),
+            references=references_of(calibration, weights, setting),
             report={},
         )
 
@@ -417,180 +351,3 @@ def _fit(data: _Data, rows: Rows, boundaries: tuple[int, ...], options: TrainOpt
         losses={key: round(loss, 4) for key, loss in losses.items()},
         trials=[{"layer": t.layer, "pools": t.pools, "log_loss": round(t.loss, 4)} for t in fitter.trials],
     )
-
-
-# ── thresholds ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _settings(fitted: _Fitted, weights: Floats, truth: Labels, objective: str, options: TrainOptions) -> list[Setting]:
-    """Settings from the safest to the boldest, made from training rows only."""
-    weighed = [weigh(p, weights) for p in fitted.out_of_fold]
-    counts = np.bincount(truth, minlength=len(weights))
-    row_weights = np.ones(len(truth), np.float32)
-    if objective == "macro-f1":
-        row_weights = (len(truth) / (len(counts) * np.maximum(counts, 1)))[truth].astype(np.float32)
-    losses = [-np.log(np.maximum(p[np.arange(len(truth)), truth], _LEAST)) for p in fitted.out_of_fold]
-    levels = [level for level in LEVELS if level <= options.max_harm]
-    excess = [loss - losses[-1] for loss in losses]
-    thresholds = candidates(weighed, truth, levels, row_weights, excess)
-    plain = [Setting(t, 0.0, level) for t, level in zip(thresholds, (float("nan"), *levels), strict=True)]
-    if options.guarantee.kind == "depth":
-        return plain
-    safe = sum(level <= _SAFE_LEVEL for level in levels)
-    abstaining = [Setting(thresholds[safe], float(u), plain[safe].level) for u in _ABSTENTION]
-    first = _surest(abstaining, weighed, fitted.out_of_fold, truth, options.guarantee.bound)
-    return abstaining[first:] + plain[safe + 1 :]
-
-
-def _surest(
-    settings: Sequence[Setting], weighed: Sequence[Floats], stages: Sequence[Floats], truth: Labels, bound: float
-) -> int:
-    """Which of settings that abstain less and less is the likeliest to be certified, by the training rows.
-
-    It need not be the first: one that answers few messages cannot be certified, however right it is.
-    """
-    outcome = run(weighed, settings[0].thresholds)
-    confidence = left_with(outcome, stages)[np.arange(len(truth)), outcome.labels]
-    p_values = []
-    for setting in settings:
-        answered = confidence >= setting.unsure_below
-        n = round(_CALIBRATION * int(answered.sum()))
-        errors = round(_CALIBRATION * int((answered & (outcome.labels != truth)).sum()))
-        p_values.append(binomial_p_value(min(errors, n), n, bound))
-    return int(np.argmin(p_values))
-
-
-def certify(
-    settings: Sequence[Setting], rows: Evidence, weights: Floats, guarantee: Guarantee
-) -> tuple[int, Certificate]:
-    """The boldest setting that is certified on `rows`, and its certificate; the safest, not certified, if none is."""
-    # bets are made on one message after the other: in a file sorted by label, the first would decide for all
-    rows = rows.part(np.random.default_rng(0).permutation(len(rows.truth)))
-    full_right = None
-    if guarantee.kind == "depth":
-        assert rows.full is not None
-        full_right = weigh(rows.full, weights).argmax(axis=1) == rows.truth
-
-    def test(index: int) -> tuple[float, float, int]:
-        """P-value, risk, and messages it was seen on."""
-        outcome, answered = apply(settings[index], rows, weights)
-        wrong = outcome.labels != rows.truth
-        if full_right is not None:
-            loss = wrong.astype(np.float64) - ~full_right
-            return (
-                betting_p_value(loss, guarantee.bound, -1.0, 1.0, delta=guarantee.delta),
-                float(loss.mean()),
-                len(loss),
-            )
-        errors, n = int((wrong & answered).sum()), int(answered.sum())
-        return binomial_p_value(errors, n, guarantee.bound), errors / max(1, n), n
-
-    count = fixed_sequence(lambda index: test(index)[0], len(settings), guarantee.delta)
-    chosen = max(0, count - 1)
-    p_value, risk, n = test(chosen)
-    kind = "loss of accuracy against full depth" if guarantee.kind == "depth" else "error rate"
-    return chosen, Certificate(kind, guarantee.bound, guarantee.delta, n, risk, p_value, count > 0)
-
-
-def apply(setting: Setting, rows: Evidence, weights: Floats) -> tuple[Outcome, NDArray[np.bool_]]:
-    """Send rows through the stages: where each leaves with which label, and whether it is answered (not UNSURE)."""
-    outcome = run([weigh(stage, weights) for stage in rows.stages], setting.thresholds, rows.held)
-    probabilities = left_with(outcome, rows.stages)
-    answered = probabilities[np.arange(len(rows.truth)), outcome.labels] >= setting.unsure_below
-    return outcome, answered
-
-
-def left_with(outcome: Outcome, stages: Sequence[Floats]) -> Floats:
-    """Probabilities (n, n_labels) of the stage at which each message left."""
-    return np.stack(stages)[outcome.stages, np.arange(len(outcome.stages))]
-
-
-def _references(rows: Evidence, weights: Floats, setting: Setting) -> dict[str, Reference]:
-    found = {CONFIDENCE: reference_of(weigh(rows.stages[0], weights).max(axis=1))}
-    if rows.novelty is not None:
-        outcome, _ = apply(setting, rows, weights)
-        arrived = outcome.stages > 0
-        if arrived.any():
-            found[DISTANCE] = reference_of(rows.novelty[arrived])
-    return found
-
-
-# ── report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def describe_evidence(pack: LabelPack, rows: Evidence) -> dict[str, Any]:
-    """Each stage alone, the cascade, and full depth, on held-out rows."""
-    setting = Setting(pack.thresholds, pack.unsure_below, float("nan"))
-    outcome, answered = apply(setting, rows, pack.weights)
-    n_stages = len(rows.stages)
-    shares = np.bincount(outcome.stages, minlength=n_stages) / max(1, len(rows.truth))
-    names = ["before the network", *(f"layer {layer}" for layer in pack.layers[1:])]
-    found: dict[str, Any] = {
-        name: quality(pack, stage, weigh(stage, pack.weights).argmax(axis=1), rows.truth)
-        for name, stage in zip(names, rows.stages, strict=True)
-    }
-    if rows.plain_full is not None:
-        decided = weigh(rows.plain_full, pack.weights).argmax(axis=1)
-        found["full depth alone"] = quality(pack, rows.plain_full, decided, rows.truth)
-    if rows.full is not None:
-        found["full depth, all stages"] = quality(
-            pack, rows.full, weigh(rows.full, pack.weights).argmax(axis=1), rows.truth
-        )
-    found["cascade"] = {
-        **quality(pack, left_with(outcome, rows.stages), outcome.labels, rows.truth),
-        "left_at": {name: round(float(share), 4) for name, share in zip(names, shares, strict=True)},
-        "mean_layer": round(float(shares @ np.array(pack.layers)), 2),
-        "unsure": round(1 - float(answered.mean()), 4),
-        "unfamiliar": round(float(rows.held[-1].mean()), 4),
-    }
-    return found
-
-
-def quality(pack: LabelPack, probabilities: Floats, decided: Labels, truth: Labels) -> dict[str, Any]:
-    """Accuracy, macro-F1, calibration error, and per label precision, recall and AUROC (label against the rest)."""
-    n_labels = len(pack.labels)
-    table = confusion(truth, decided, n_labels)
-    precision, recall = precision_recall(table)
-    confidence = probabilities[np.arange(len(truth)), decided]
-    right = decided == truth
-    return {
-        "accuracy": round(float(right.mean()), 4),
-        "macro_f1": round(macro_f1(truth, decided, n_labels), 4),
-        "calibration_error": round(calibration_error(confidence, right), 4),
-        "labels": {
-            label: {
-                "precision": round(float(precision[k]), 4),
-                "recall": round(float(recall[k]), 4),
-                "auroc": round(auroc(truth == k, probabilities[:, k]), 4),
-            }
-            for k, label in enumerate(pack.labels)
-        },
-    }
-
-
-def _messages_needed(guarantee: Guarantee) -> int:
-    """Smallest number of calibration messages that, all without loss, would certify it."""
-    bound, delta = guarantee.bound, guarantee.delta
-    enough = messages_needed(bound, delta)
-    if guarantee.kind == "error":
-        return enough
-
-    def certifies(n: int) -> bool:
-        return betting_p_value(np.zeros(n), bound, -1.0, 1.0, delta=delta) <= delta
-
-    while not certifies(enough):
-        enough *= 2
-    return bisect_left(range(enough), True, key=certifies)
-
-
-def _plain(certificate: Certificate, guarantee: Guarantee) -> dict[str, Any]:
-    return {
-        "kind": certificate.kind,
-        "bound": certificate.bound,
-        "delta": certificate.delta,
-        "messages": certificate.n,
-        "risk": round(certificate.risk, 5),
-        "p_value": round(certificate.p_value, 6),
-        "holds": certificate.holds,
-        "messages_needed": _messages_needed(guarantee),
-    }
