@@ -28,6 +28,7 @@ Examples:
   edge-run generate "Why is the sky blue?"
   edge-run generate --mode verified --show-exits "Why is the sky blue?"
   edge-run chat --model ./model.gguf
+  edge-run moderate "You are an idiot."
   edge-run doctor""",
     add_completion=False,
     rich_markup_mode=None,
