@@ -90,7 +90,6 @@ class LabelClassifier:
         self._path = path
         self._own: Model | None = None
         self._trunk: Trunk | None = None
-        self._prefix_tokens: list[int] = []
         self._lock = threading.Lock()
         self._closed = False
         self._monitors = {key: DriftMonitor(key, reference) for key, reference in pack.references.items()}

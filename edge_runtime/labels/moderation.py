@@ -110,12 +110,16 @@ in another meaning), and hostile ones, half of them without an insulting word.
 
 ## Limits
 
-- It has learnt the words of one place and time, 2017's English-language Twitter. Text unlike it (other languages, news,
-  newer slang) is marked `unfamiliar`; `--unsure-unfamiliar` refuses to label it.
+- It has learnt the words of one place and time, 2017's English-language Twitter. Text unlike it may be marked
+  `unfamiliar`, and `--unsure-unfamiliar` then refuses to label it: nearly all French sentences were, of English news
+  only about one in six.
 - It judges by words: insults in milder words than the data's, and contempt that needs no insult, mostly pass as
   harmless, as the table above shows. Do not let it decide alone what people may say.
 - The data's annotators were more likely to call African-American English offensive (Sap et al., *The Risk of Racial
   Bias in Hate Speech Detection*, ACL 2019); expect the same of the pack.
+- How bold exits may be (`max_harm`), the bound that is certified and the weight of new words in the novelty were chosen
+  with an eye on these calibration and test messages. Figures and certificate are therefore somewhat hopeful; messages
+  of your own, with `edge-run labels eval`, are the better judge.
 - Figures hold for messages drawn like the data, and for this very model file: another quantisation is refused.
 """
 
