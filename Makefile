@@ -21,10 +21,13 @@ help: ## this list
 demo: library ## set up, then moderate messages, and generate text at three depths
 	@echo "--- moderate" >&2; $(VENV)/bin/edge-run moderate "Thanks for the birthday wishes everyone" \
 		"what a dumbass" "Nobody would notice if you were gone." "La réunion est reportée à demain."
-	@for mode in full exit verified; do \
-		echo "--- mode $$mode" >&2; \
-		$(VENV)/bin/edge-run generate --model smollm2-135m --mode $$mode --show-exits --audit-rate 1 --max-tokens 96 \
-			"Explain in two sentences why the sky is blue." || exit 1; \
+	@echo "--- does the exit pack pay on this machine?" >&2; \
+	pays=$$($(PY) scripts/pack_pays) || exit 1; \
+	for mode in full exit verified; do \
+		case " $$(echo $$pays) " in *" $$mode "*) pack="--pack smollm2-135m" ;; *) pack="" ;; esac; \
+		echo "--- mode $$mode$${pack:+ $$pack}" >&2; \
+		$(VENV)/bin/edge-run generate --model smollm2-135m --mode $$mode $$pack --show-exits --audit-rate 1 \
+			--max-tokens 96 "Explain in two sentences why the sky is blue." || exit 1; \
 	done
 
 test: $(STAMP) ## set up, then ruff, mypy, import-linter and pytest

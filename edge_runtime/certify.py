@@ -7,6 +7,11 @@ must have played no part in making the candidates or their order.
 
 Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk
 Control", arXiv 2110.01052.
+
+`conformal_risk_control` is the weaker promise that needs fewer examples: its bound holds on average over the examples
+that might have been drawn, not with a confidence for those that were.
+
+Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", arXiv 2208.02814.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from .errors import UsageError
 # a larger share of the capital would gain faster while there are no losses, and be ruined by the first of them
 _MAX_STAKE = 0.75
 _MIN_BOUND = 1e-9  # takes billions of examples
+_LEAST_VARIANCE = 1e-12  # of losses within 0 … 1; bets are limited long before
+_ROUNDING = 1e-12
 _TAIL_WIDTH = 10.0  # terms further out than this are below e^-50 of the largest
 
 
@@ -72,7 +79,14 @@ def binomial_p_value(errors: int, n: int, bound: float) -> float:
 
 
 def betting_p_value(
-    losses: ArrayLike, bound: float, low: float = 0.0, high: float = 1.0, *, delta: float = 0.05
+    losses: ArrayLike,
+    bound: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    *,
+    delta: float = 0.05,
+    earlier: ArrayLike = (),
+    max_stake: float = _MAX_STAKE,
 ) -> float:
     """P-value of "the mean loss exceeds `bound`" for losses (n,) within `low` … `high`.
 
@@ -85,19 +99,27 @@ def betting_p_value(
     losses and their order are fixed without looking at them. 1 without losses or for a bound of `low` or less, 0
     for a bound of `high` or more.
 
+    `earlier` losses, of examples that are not among those tested, set the first bets, which otherwise are as small as
+    losses that vary widely need. `max_stake`, above 0 and below 1, bounds the share of the capital that one largest
+    possible loss takes: more of it pays where examples are hardly enough and losses far below the largest. It, too,
+    must be fixed without looking at the losses.
+
     Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86 (2024), the
     predictable plug-in bets; as a p-value in Learn then Test.
 
     Raises UsageError if `bound` is NaN or `delta` not within 0 … 1; ValueError if `losses` has not one dimension,
-    one is outside its limits, or the limits are equal, swapped or infinite.
+    one is outside its limits, or the limits are equal, swapped or infinite, or the stake is none.
     """
-    values = np.asarray(losses, np.float64)
+    values, before = np.asarray(losses, np.float64), np.asarray(earlier, np.float64)
     width = high - low
     if not 0 < width < math.inf:
         raise ValueError(f"losses cannot lie between {low} and {high}")
-    # written so that NaN fails, too
-    if values.ndim != 1 or not ((values >= low) & (values <= high)).all():
-        raise ValueError(f"losses must be one row of numbers from {low} to {high}")
+    for row in (values, before):
+        # written so that NaN fails, too
+        if row.ndim != 1 or not ((row >= low) & (row <= high)).all():
+            raise ValueError(f"losses must be one row of numbers from {low} to {high}")
+    if not 0 < max_stake < 1:
+        raise ValueError(f"a stake of {max_stake} is not a share of the capital")
     if math.isnan(bound):
         raise UsageError("the bound is not a number", f"allowed: above {low:g}, below {high:g}")
     _check_delta(delta)
@@ -107,12 +129,16 @@ def betting_p_value(
     if bound >= high:
         return 0.0
     scaled = (values - low) / width
-    counts = np.arange(2, n + 2)
-    # as if one loss with mean 1/2 and variance 1/4 had come first
-    means = (0.5 + np.cumsum(scaled)) / counts
-    variances = (0.25 + np.cumsum((scaled - means) ** 2)) / counts
-    earlier = np.concatenate(([0.25], variances[:-1]))
-    bets = np.minimum(np.sqrt(-2 * math.log(delta) / (n * earlier)), _MAX_STAKE * width / (high - bound))
+    if len(before):
+        known = (before - low) / width
+        n_known, total, squares = len(known), float(known.sum()), float(((known - known.mean()) ** 2).sum())
+    else:  # as if one loss with mean 1/2 and variance 1/4 had come first
+        n_known, total, squares = 1, 0.5, 0.25
+    counts = np.arange(n_known + 1, n_known + n + 1)
+    means = (total + np.cumsum(scaled)) / counts
+    variances = (squares + np.cumsum((scaled - means) ** 2)) / counts
+    expected = np.maximum(np.concatenate(([squares / n_known], variances[:-1])), _LEAST_VARIANCE)
+    bets = np.minimum(np.sqrt(-2 * math.log(delta) / (n * expected)), max_stake * width / (high - bound))
     log_capital = np.cumsum(np.log1p(bets * (bound - values) / width))
     return math.exp(-max(0.0, float(log_capital.max())))
 
@@ -137,6 +163,42 @@ def fixed_sequence(
         if not p_value_of(i) <= delta:  # NaN fails
             return i
     return n_candidates
+
+
+def conformal_risk_control(losses: ArrayLike, bound: float, high: float = 1.0) -> int:
+    """How many candidates, ordered from the safest to the boldest, keep the expected loss of a new example in bound.
+
+    `losses` (candidates, n) lie within 0 … `high`. The last candidate allowed is the boldest with
+    n / (n + 1) · mean loss + high / (n + 1) ≤ `bound`; 0 is none. The promise is that the loss of the candidate so
+    chosen, on one more example drawn like these, is at most `bound` in expectation over all n + 1 of them. For the
+    examples that were drawn, the risk may be above the bound, about every second time.
+
+    It takes losses that only grow from candidate to candidate. Where an example's do not, its largest so far counts,
+    which is at least as much. The order must not depend on the examples.
+
+    Conformal risk control, see above. Raises UsageError if `bound` is negative or NaN, ValueError if `losses` is no
+    table or one is outside its limits.
+    """
+    values = np.asarray(losses, np.float64)
+    if values.ndim != 2 or not ((values >= 0) & (values <= high)).all():
+        raise ValueError(f"losses must be a table (candidates, n) of numbers from 0 to {high}")
+    if not bound >= 0:
+        raise UsageError(f"bound {bound} is not a share", "allowed: above 0, below 1")
+    totals = np.maximum.accumulate(values, axis=0).sum(axis=1) + high
+    allowed = bound * (values.shape[1] + 1) * (1 + _ROUNDING)
+    return int(np.searchsorted(totals, allowed, side="right"))
+
+
+def examples_to_control(bound: float, risk: float = 0.0, high: float = 1.0) -> int | None:
+    """Smallest n for which `conformal_risk_control` allows a candidate whose mean loss is `risk`; None if none does.
+
+    The smallest n with (n · risk + high) / (n + 1) ≤ bound.
+    """
+    if bound >= high:
+        return 0
+    if not bound > risk:
+        return None
+    return max(0, math.ceil((high - bound) / (bound - risk) * (1 - _ROUNDING)))
 
 
 def messages_needed(bound: float, delta: float) -> int:

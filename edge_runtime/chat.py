@@ -12,7 +12,7 @@ from . import display
 from .completion import answer, painter_of, text_writer
 from .errors import EdgeError, ModelError, UsageError
 from .generate import Chunk, Runtime
-from .options import RunArguments, parse_boundaries, run_options, start_library
+from .options import RunArguments, run_options, start_library
 from .templates import Message
 from .text import check_text, decode_prompt
 from .types import Mode
@@ -210,8 +210,7 @@ class ChatSession:
         modes = [mode.value for mode in Mode]
         if name not in modes:
             raise UsageError(f"there is no mode '{name}'", f"give one of {', '.join(modes)}")
-        boundaries = parse_boundaries(self.arguments.boundaries)
-        self.runtime.reopen(dataclasses.replace(self.runtime.options, mode=Mode(name), boundaries=boundaries))
+        self.runtime.reopen(dataclasses.replace(self.runtime.asked, mode=Mode(name)))
         self.say(f"mode {name}")
         self._show_legend()
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .calibrate_cli import CALIBRATE_EPILOG, calibrate
 from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
 from .options import (
@@ -170,5 +171,6 @@ def models(as_json: JsonOption = False) -> None:
     list_models(as_json=as_json)
 
 
+app.command(epilog=CALIBRATE_EPILOG)(calibrate)
 app.command(epilog=MODERATE_EPILOG)(moderate)
 app.add_typer(labels_app, name="labels")

@@ -8,11 +8,12 @@ model's own output head on it (the plain logit lens). One loop, the engine's, ve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .signals import signals_of
+from .errors import UsageError
+from .signals import cosine, signals_of, uncertainty
 from .types import Floats, Signals, TokenIds
 
 
@@ -32,6 +33,7 @@ class Guess:
 
     logits: Floats  # (n,) float32
     signals: Signals
+    uncertainty: float  # by the signal that decides: lower is surer, NaN never sure enough
     ids: TokenIds | None = None  # (n,) int32: the tokens the logits are of; None: the whole vocabulary
 
 
@@ -41,11 +43,25 @@ class DraftSource(Protocol):
     wants_logits: bool
     """True: the slice before a boundary runs the model's output head on the newest token."""
 
+    wants_states: bool
+    """True: `observe` and `forget` are called; decided once."""
+
     def speaks_at(self, boundary: int) -> bool:
         """Whether `guess` is worth calling at a boundary; decided once."""
 
     def guess(self, view: BoundaryView) -> Guess | None:
         """A guess for the token after `view.tokens`, or None."""
+
+    def observe(self, boundary: int, first_pos: int, states: Floats) -> None:
+        """States (n, n_embd) of positions first_pos… have come to a boundary ≥ 1 at which this source speaks.
+
+        All that pass are shown, a prompt's too, each once and in order of position, the newest before `guess` is asked
+        about it; positions follow on those shown before at that boundary and not forgotten. Views: they do not outlive
+        the call.
+        """
+
+    def forget(self, length: int) -> None:
+        """Positions `length` and later are gone, at every boundary."""
 
 
 class SharedHead:
@@ -57,10 +73,38 @@ class SharedHead:
 
     wants_logits = True
 
+    def __init__(self, signal: str = "entropy", gates: Sequence[Callable[[Signals], float]] = ()) -> None:
+        """`signal` decides; `gates` give, for boundaries 1, 2, …, the probability that full depth disagrees.
+
+        Raises UsageError for a signal that is not there.
+        """
+        if signal == "clusters" or (signal == "gate" and not gates):
+            raise UsageError(
+                f"the signal '{signal}' needs an exit pack's heads"
+                + (", or one made with `edge-run calibrate --head shared`" if signal == "gate" else ""),
+                "give a pack with --pack, or another --signal: entropy, top1, margin or stability",
+            )
+        self._signal = signal
+        self._gates = gates if signal == "gate" else ()
+        self.wants_states = signal in ("stability", "gate")
+        self._newest: dict[int, tuple[int, Floats]] = {}  # boundary → (position, state) of the newest that passed
+
     def speaks_at(self, boundary: int) -> bool:
         return boundary >= 1
+
+    def observe(self, boundary: int, first_pos: int, states: Floats) -> None:
+        self._newest[boundary] = first_pos + len(states) - 1, states[-1].copy()
+
+    def forget(self, length: int) -> None:
+        pass  # a position's state is shown again before it is asked about
 
     def guess(self, view: BoundaryView) -> Guess | None:
         if view.logits is None:
             return None
-        return Guess(view.logits, signals_of(view.logits))
+        signals = signals_of(view.logits)
+        before = self._newest.get(view.boundary - 1)
+        if before is not None and view.hidden is not None and before[0] == len(view.tokens) - 1:
+            signals = replace(signals, stability=cosine(before[1], view.hidden))
+        if self._gates:
+            signals = replace(signals, gate=self._gates[view.boundary - 1](signals))
+        return Guess(view.logits, signals, uncertainty(signals, self._signal))

@@ -8,6 +8,9 @@ Slice i has processed the first `n_done[i]` positions, and n_done[0] ≥ n_done[
 waits at boundary i, as tokens at boundary 0 and as hidden states at the others. A token that exits at a boundary
 simply stays waiting there. The next token that needs depth takes all waiting states with it, one batch per slice, so
 that every KV cache is exact for the text so far.
+
+A source that follows the text (a head with a KV cache of its own) is shown every state that passes a boundary at which
+it speaks: those of the first n_done[i - 1] positions at boundary i, each once, in order, and told which are gone.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class Engine:
         *,
         n_ctx: int | None = None,
     ) -> None:
-        """`thresholds` is called once per token and gives one entropy per boundary between the slices.
+        """`thresholds` is called once per token and gives one bound per boundary between the slices.
 
         Raises UsageError unless the last slice gives `settings.cap + 1` rows of logits, as verifying and auditing need.
         """
@@ -112,10 +115,9 @@ class Engine:
         self._audits: list[Audit] = []
         self._last_state: tuple[int, Floats] | None = None  # the last layer's state of the newest settled position
         self._random = random.Random(settings.audit_seed)
-        self._speaks = [
-            source is not None and settings.mode is not Mode.FULL and source.speaks_at(b)
-            for b in range(len(self.slices))
-        ]
+        self._speaks = [source is not None and settings.mode is not Mode.FULL and source.speaks_at(b) for b in range(n)]
+        self._follower = source if source is not None and source.wants_states and any(self._speaks[1:]) else None
+        self._followed = [*(self._follower is not None and speaks for speaks in self._speaks), False]
         if settings.mode is not Mode.FULL and self.slices[-1].n_outputs_max <= settings.cap:
             raise UsageError(
                 f"the last slice gives {self.slices[-1].n_outputs_max} rows of logits, "
@@ -231,13 +233,13 @@ class Engine:
                 guess = self._ask(b)
                 if guess is not None:
                     asked.append((self.slices[b].start, guess.signals))
-                    if guess.signals.entropy < limit:
+                    if guess.uncertainty < limit:
                         return self._take(b, guess, tuple(asked))
         self._asked = tuple(asked)
         return None
 
     def _limits(self) -> list[float]:
-        """The entropy below which the newest token may exit, by boundary; 0 where it must not."""
+        """The uncertainty below which the newest token may exit, by boundary; 0 where it must not."""
         limits = [0.0] * len(self.slices)
         if self.settings.mode is Mode.FULL:
             return limits
@@ -361,6 +363,10 @@ class Engine:
             self._waiting[b].drop_oldest(count)
         for c in range(b, stop):
             self._n_done[c] += count
+            if self._followed[c + 1]:
+                assert self._follower is not None
+                # a batch that went through several slices has left each one's states there
+                self._follower.observe(c + 1, start, self.slices[c].hidden(count))
 
     def _settled_logits(self) -> Floats:
         """Bring all to full depth: the logits after the newest token; exits due for an audit are judged on the way."""
@@ -414,6 +420,8 @@ class Engine:
 
     def _forget(self, length: int) -> None:
         """Keep at most the first `length` positions in every slice and waiting list."""
+        if self._follower is not None and self._n_done[0] > length:
+            self._follower.forget(length)
         for b, piece in enumerate(self.slices):
             if self._n_done[b] > length:
                 piece.remove(length)
@@ -427,6 +435,8 @@ class Engine:
         del self.tokens[length:]
         self.sampler.rewind(self.tokens)
         settled = min(self._n_done[-1], length)
+        if self._follower is not None:
+            self._follower.forget(settled)
         for b, piece in enumerate(self.slices):
             piece.remove(settled)
             self._n_done[b] = settled

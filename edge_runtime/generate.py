@@ -13,10 +13,17 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from .draft import SharedHead
+from .draft import DraftSource, SharedHead
 from .engine import Engine
 from .errors import ModelError, ModelUnreadableError, PromptError, UnsupportedModelError, UsageError
+from .exits.pack import ExitPack
+from .exits.packs import find_exit_pack
+from .exits.settings import exit_settings
+from .exits.source import PackHeads
+from .exits.split import split
+from .identity import identify
 from .memory import check_need, estimate_need, machine_memory
 from .models import DEMO_MODEL, find_model
 from .native import ContextOptions, KvType, Model, load, read_header
@@ -25,12 +32,23 @@ from .slices import close_slices, open_slices
 from .summary import Clock, Finish, Summary, copy_stats, number, rate, stats_since
 from .templates import ChatTemplate, Message
 from .text import Assembler
-from .types import EngineSettings, EngineStats, Mode, ModelHeader, SamplingSettings, Step, Thresholds, check_boundaries
+from .types import (
+    SIGNALS,
+    EngineSettings,
+    EngineStats,
+    Mode,
+    ModelHeader,
+    SamplingSettings,
+    Step,
+    Thresholds,
+    check_boundaries,
+)
 
 DEFAULT_N_CTX = 2048
 # plain heads of a stock model are worth little before its last quarter, and only where they are quite sure
 _DEFAULT_SHARES = (0.75, 0.9)
 DEFAULT_THRESHOLD = 0.3
+HEADS = ("pack", "shared")  # what guesses at a boundary: the exit pack's heads, or the model's own output head
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +57,13 @@ class RunOptions:
 
     model: str = DEMO_MODEL
     mode: Mode = Mode.FULL
-    boundaries: tuple[int, ...] | None = None  # None: none in mode full, else a late split
-    thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,)  # nats; one for all boundaries or one for each
+    boundaries: tuple[int, ...] | None = None  # None: none in mode full, else the pack's, or a late split
+    # bounds on the signal's uncertainty, one for all boundaries or one for each; None: the pack's, or DEFAULT_THRESHOLD
+    thresholds: tuple[float, ...] | None = None
+    pack: str | None = None  # name or path of an exit pack
+    head: str | None = None  # one of HEADS; None: "pack" if there is one
+    signal: str | None = None  # one of types.SIGNALS; None: the pack's choice, or entropy
+    max_disagreement: float | None = None  # mode exit: thresholds certified for this share of exits, by the pack
     n_ctx: int = 0  # 0: what the model was trained for, at most DEFAULT_N_CTX
     n_batch: int = 128
     n_threads: int = 0  # 0: all physical cores
@@ -70,10 +93,15 @@ class Runtime:
     def __init__(self, options: RunOptions, note: Callable[[str], None] = lambda _text: None) -> None:
         """Check, load and open; `note` gets warnings, before the slow part begins.
 
-        Raises a ModelError, MemoryLimitError, UsageError or LibraryError, each before anything large is allocated.
+        Raises a ModelError, PackError, MemoryLimitError, UsageError or LibraryError, each before anything large is
+        allocated.
         """
         self.header = checked_header(options.model)
-        options = _resolve(options, self.header, note)
+        self.asked, self._note = options, note
+        self._pack = _load_pack(options.pack, self.header)
+        n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
+        options = _resolve(options, self.header, n_ctx, self._pack, note)
+        head_files = self._head_files(options)
         n_slices = len(options.boundaries or ()) + 1
         check_memory(self.header, _context_options(options), n_slices, _n_outputs(options), note)
         self.options = options
@@ -82,7 +110,7 @@ class Runtime:
             if not self.model.has_tokenizer:
                 raise UnsupportedModelError(f"{self.header.path} has no tokenizer, so it cannot read text")
             template = ChatTemplate.of(self.model)
-            self._open()
+            self._open(head_files)
             opened.pop_all()
         self.template = template
         self._clock = Clock(time.perf_counter())
@@ -90,28 +118,61 @@ class Runtime:
         self._finish = Finish.INTERRUPTED
         self._n_prompt = self._n_reused = 0
 
-    def _open(self) -> None:
+    def _head_files(self, options: RunOptions) -> tuple[Path, ...]:
+        """Files of the heads at the boundaries, if they are a pack's."""
+        if options.mode is Mode.FULL or options.head != "pack" or self._pack is None:
+            return ()
+        files = dict(zip(self._pack.boundaries, split(self._pack, self.header.path), strict=True))
+        return tuple(files[layer] for layer in options.boundaries or ())
+
+    def _open(self, head_files: tuple[Path, ...]) -> None:
         options = self.options
-        boundaries = options.boundaries or ()
-        self._slices = open_slices(self.model, boundaries, _context_options(options), n_outputs_max=_n_outputs(options))
-        self._sampler = Sampler(options.sampling, self.model.n_vocab)
-        thresholds = _thresholds(options)
+        boundaries, thresholds = options.boundaries or (), _thresholds(options)
         settings = EngineSettings(options.mode, options.cap, options.audit_rate, audit_seed=options.sampling.seed)
-        self.engine = Engine(
-            self._slices,
-            self._sampler,
-            settings,
-            lambda: thresholds,
-            None if options.mode is Mode.FULL else SharedHead(),
+        with ExitStack() as opened:
+            slices = open_slices(self.model, boundaries, _context_options(options), n_outputs_max=_n_outputs(options))
+            opened.callback(close_slices, slices)
+            sampler = opened.enter_context(closing(Sampler(options.sampling, self.model.n_vocab)))
+            source = self._source(options, head_files)
+            if isinstance(source, PackHeads):
+                opened.callback(source.close)
+            self.engine = Engine(slices, sampler, settings, lambda: thresholds, source, n_ctx=options.n_ctx)
+            self._opened = opened.pop_all()
+
+    def _source(self, options: RunOptions, head_files: tuple[Path, ...]) -> DraftSource | None:
+        """What guesses at boundaries."""
+        if options.mode is Mode.FULL:
+            return None
+        signal, pack = options.signal or "entropy", self._pack
+        if not head_files or pack is None:
+            return _shared_head(options, pack)
+        layers = options.boundaries or ()
+        places = [pack.boundaries.index(layer) for layer in layers]
+        return PackHeads(
+            head_files,
+            layers,
+            pack.shortlist,
+            pack.cluster_starts,
+            [pack.gates[i] for i in places],
+            signal,
+            [pack.askers[i] for i in places if pack.askers],
+            n_embd=self.header.n_embd,
             n_ctx=options.n_ctx,
+            n_threads=options.n_threads,
         )
 
     def reopen(self, options: RunOptions) -> None:
-        """Go on with other options of the same model; the KV cache starts empty."""
-        options = _resolve(options, self.header, lambda _text: None)
+        """Go on with other options of the same model and pack; the KV cache starts empty.
+
+        `asked` with a change or two keeps what the options before left open. Raises as the constructor does; what can
+        be checked before anything is closed is.
+        """
+        n_ctx = resolved_n_ctx(options.n_ctx, self.header, lambda _text: None)
+        resolved = _resolve(options, self.header, n_ctx, self._pack, self._note)
+        head_files = self._head_files(resolved)
         self._close_engine()
-        self.options = options
-        self._open()
+        self.asked, self.options = options, resolved
+        self._open(head_files)
 
     # ── text → tokens ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,13 +268,15 @@ class Runtime:
             disagreed=stats.disagreed,
             disagreement=number(stats.disagreement),
             seed=options.sampling.seed,
+            pack=self._pack.name if self._pack else None,
+            head=None if options.mode is Mode.FULL else options.head,
+            signal=None if options.mode is Mode.FULL else options.signal,
         )
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _close_engine(self) -> None:
-        self._sampler.close()
-        close_slices(self._slices)
+        self._opened.close()
 
     def close(self) -> None:
         self._close_engine()
@@ -276,22 +339,91 @@ def resolved_n_ctx(n_ctx: int, header: ModelHeader, note: Callable[[str], None])
     return n_ctx or min(DEFAULT_N_CTX, trained)
 
 
-def _resolve(options: RunOptions, header: ModelHeader, note: Callable[[str], None]) -> RunOptions:
-    """Fill in what depends on the model, and check all that can be checked without loading it."""
-    boundaries = options.boundaries
-    if boundaries is None:
-        boundaries = default_boundaries(options.mode, header.n_layer)
-    check_boundaries(boundaries, header.n_layer)
-    options = dataclasses.replace(options, boundaries=boundaries, n_ctx=resolved_n_ctx(options.n_ctx, header, note))
+def _load_pack(wanted: str | None, header: ModelHeader) -> ExitPack | None:
+    """The pack of a name or path. Raises PackError if it cannot be used with this model and build."""
+    if wanted is None:
+        return None
+    pack = ExitPack.load(find_exit_pack(wanted))
+    pack.check_model(identify(Path(header.path)))
+    return pack
+
+
+def _resolve(
+    options: RunOptions, header: ModelHeader, n_ctx: int, pack: ExitPack | None, note: Callable[[str], None]
+) -> RunOptions:
+    """Fill in what depends on the model and the pack, and check all that can be checked without loading them."""
+    own = pack is not None and not pack.shared
+    options = dataclasses.replace(options, n_ctx=n_ctx, head=options.head or ("pack" if own else "shared"))
+    if options.boundaries is not None:
+        check_boundaries(options.boundaries, header.n_layer)
+    _check_choices(options, pack)
+    if pack is None or (own and options.head == "shared"):
+        options = _resolve_shared(options, header, pack)
+    else:
+        given = options.boundaries, options.thresholds, options.signal, options.max_disagreement
+        found = exit_settings(pack, options.mode, *given)
+        if found.rung is not None and found.rung.risk != "exits":
+            note(f"no bound on the disagreement of exits is certified; used: {found.rung.sentence()}")
+        boundaries = options.boundaries or () if options.mode is Mode.FULL else found.boundaries
+        options = dataclasses.replace(options, boundaries=boundaries, signal=found.signal, thresholds=found.thresholds)
     _thresholds(options)
-    if options.mode is not Mode.FULL and not boundaries:
+    if options.mode is not Mode.FULL and options.head == "shared":
+        _shared_head(options, pack)  # refuses what it cannot give
+    if options.mode is not Mode.FULL and not options.boundaries:
         raise UsageError(f"mode {options.mode.value} needs a boundary to leave at", "give --boundaries")
     return options
 
 
+def _check_choices(options: RunOptions, pack: ExitPack | None) -> None:
+    """Raise UsageError for choices that exclude each other."""
+    if options.head not in HEADS:
+        raise UsageError(f"there are no heads '{options.head}'", f"there are {', '.join(HEADS)}")
+    if options.signal is not None and options.signal not in SIGNALS:
+        raise UsageError(f"there is no signal '{options.signal}'", f"there are {', '.join(SIGNALS)}")
+    if options.head == "pack" and pack is None:
+        raise UsageError("heads of an exit pack were asked for, and no pack was given", "give one with --pack")
+    if options.head == "pack" and pack is not None and pack.shared:
+        raise UsageError(
+            f"the exit pack '{pack.name}' has no heads: it is for the model's own output head", "leave --head out"
+        )
+    if options.max_disagreement is None:
+        return
+    if not 0 < options.max_disagreement < 1:
+        raise UsageError(f"{options.max_disagreement} is no bound on disagreement", "allowed: above 0, below 1")
+    if options.thresholds is not None:
+        raise UsageError("--threshold and --max-disagreement were both given", "give one of them")
+    if options.head == "shared" and (pack is None or not pack.shared):
+        raise UsageError(
+            "--max-disagreement needs the heads of an exit pack, or a pack made for the model's own output head",
+            "leave --head out, or make one with `edge-run calibrate --head shared`"
+            if pack
+            else "give a pack with --pack",
+        )
+
+
+def _resolve_shared(options: RunOptions, header: ModelHeader, pack: ExitPack | None) -> RunOptions:
+    """What the model's own output head uses; of a pack for other heads only the boundaries."""
+    boundaries, signal, thresholds = options.boundaries, options.signal or "entropy", options.thresholds
+    if boundaries is None:
+        late = default_boundaries(options.mode, header.n_layer)
+        boundaries = pack.boundaries if pack and options.mode is not Mode.FULL else late
+    if thresholds is None and options.mode is not Mode.FULL and signal != "entropy":
+        raise UsageError(f"there is no default threshold for the signal '{signal}'", "give a --threshold")
+    return dataclasses.replace(
+        options, boundaries=boundaries, signal=signal, thresholds=thresholds or (DEFAULT_THRESHOLD,)
+    )
+
+
+def _shared_head(options: RunOptions, pack: ExitPack | None) -> SharedHead:
+    """The model's own output head, with a pack's gates if they are for it. Raises UsageError as SharedHead."""
+    gates = dict(zip(pack.boundaries, pack.gates, strict=True)) if pack is not None and pack.shared else {}
+    chosen = [gates[layer].probability for layer in options.boundaries or () if layer in gates]
+    return SharedHead(options.signal or "entropy", chosen)
+
+
 def _thresholds(options: RunOptions) -> Thresholds:
     """One threshold per boundary. Raises UsageError if as many were not given."""
-    n_boundaries, given = len(options.boundaries or ()), options.thresholds
+    n_boundaries, given = len(options.boundaries or ()), options.thresholds or ()
     if len(given) == 1:
         return Thresholds(given * n_boundaries)
     if len(given) != n_boundaries:

@@ -13,6 +13,7 @@ from typing import Any
 from . import display
 from .bench.measure import Spread, spread
 from .errors import EdgeError, UsageError
+from .identity import identify
 from .labels.dataset import ReadCounts, read_rows
 from .labels.evaluate import (
     DepthTimes,
@@ -25,12 +26,13 @@ from .labels.evaluate import (
     evaluate,
     sweep,
 )
-from .labels.pack import LabelPack, identify
+from .labels.pack import LabelPack
 from .labels.packs import find_pack
-from .labels_progress import read_notes, reporting
+from .labels_progress import read_notes
 from .models import find_model
 from .native import Model
 from .options import start_library
+from .progress import reporting
 from .slices import default_threads
 
 PLOT_HINT = "pip install 'edge-runtime[plot]'"

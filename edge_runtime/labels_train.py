@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 from . import display
 from .errors import UsageError
+from .identity import identify
 from .labels.dataset import ReadCounts, Sample, read_rows, sample_rows
-from .labels.pack import identify
 from .labels.thresholds import Guarantee
 from .labels.train import TrainOptions, train
-from .labels_progress import read_notes, reporting
+from .labels_progress import read_notes
 from .models import find_model
 from .native import Model
 from .options import parse_boundaries, start_library
+from .progress import reporting
 
 
 @dataclass(frozen=True, slots=True)

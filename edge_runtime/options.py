@@ -48,10 +48,32 @@ class RunArguments:
     threshold: Annotated[
         str | None,
         typer.Option(
-            help="A token may leave where the entropy of its guess is below this many nats; one number, or one per "
-            "boundary, as in 0.2,0.5. 0: never, inf: always.",
-            show_default="0.3",
-            metavar="NATS",
+            help="A token may leave where its guess is less uncertain than this, by the signal; one number, or one per "
+            "boundary, as in 0.2,0.5. Entropies are in nats. 0: never, inf: always.",
+            show_default="the pack's, or 0.3",
+            metavar="BOUND",
+        ),
+    ] = None
+    pack: Annotated[
+        str | None, typer.Option(help="Name or path of an exit pack: trained heads for the model.", metavar="PACK")
+    ] = None
+    head: Annotated[
+        Literal["pack", "shared"] | None,
+        typer.Option(
+            help="What guesses at a boundary. pack: the exit pack's heads. shared: the model's own output head.",
+            show_default="pack if one is given",
+        ),
+    ] = None
+    signal: Annotated[
+        Literal["entropy", "top1", "margin", "clusters", "stability", "gate"] | None,
+        typer.Option(help="What a threshold bounds.", show_default="the pack's, or entropy"),
+    ] = None
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(
+            help="In mode exit: thresholds that the pack certifies for this share of disagreement with full depth.",
+            show_default="0.02 with a pack",
+            metavar="SHARE",
         ),
     ] = None
     cap: Annotated[int, typer.Option(min=1, max=1024, help="Exited tokens that may wait for their other layers.")] = 8
@@ -112,13 +134,19 @@ def _default(argument: dataclasses.Field[Any]) -> Any:
 
 def run_options(arguments: RunArguments) -> RunOptions:
     """What the runtime is to do. Raises UsageError for values that cannot be meant."""
-    from .generate import DEFAULT_THRESHOLD, RunOptions
+    from .generate import RunOptions
     from .native import KvType
     from .types import Mode, SamplingSettings
 
     mode = Mode(arguments.mode)
-    if arguments.threshold is not None and mode is Mode.FULL:
-        raise UsageError("--threshold means nothing in mode full", "add --mode exit or --mode verified")
+    for name in ("threshold", "head", "signal", "max_disagreement"):
+        if mode is Mode.FULL and getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} means nothing in mode full", "add --mode exit or --mode verified")
+    if arguments.max_disagreement is not None and mode is Mode.VERIFIED:
+        raise UsageError(
+            "--max-disagreement means nothing in mode verified: full depth agrees with all of it", "drop it"
+        )
     seed = arguments.seed
     if seed is None:
         # greedy choices need none; a random one is reported, so that the run can be repeated
@@ -127,7 +155,11 @@ def run_options(arguments: RunArguments) -> RunOptions:
         model=arguments.model,
         mode=mode,
         boundaries=parse_boundaries(arguments.boundaries),
-        thresholds=(DEFAULT_THRESHOLD,) if arguments.threshold is None else parse_thresholds(arguments.threshold),
+        thresholds=None if arguments.threshold is None else parse_thresholds(arguments.threshold),
+        pack=arguments.pack,
+        head=arguments.head,
+        signal=arguments.signal,
+        max_disagreement=arguments.max_disagreement,
         n_ctx=arguments.ctx,
         n_batch=arguments.batch,
         n_threads=arguments.threads,
@@ -166,11 +198,11 @@ def parse_boundaries(text: str | None) -> tuple[int, ...] | None:
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:
-    """`0.2,inf` → (0.2, inf). Raises UsageError for what is no entropy."""
+    """`0.2,inf` → (0.2, inf). Raises UsageError for what bounds no uncertainty."""
     from .types import Thresholds
 
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"threshold '{text}' is not a number", "give nats: --threshold 0.5, or 0.2,0.5") from None
+        raise UsageError(f"threshold '{text}' is not a number", "give numbers: --threshold 0.5, or 0.2,0.5") from None
     return Thresholds(values).exit_below

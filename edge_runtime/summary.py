@@ -52,6 +52,9 @@ class Summary:
     disagreed: int
     disagreement: float | None  # disagreed ÷ audited
     seed: int
+    pack: str | None = None  # name of the exit pack
+    head: str | None = None  # what guessed at boundaries: the pack's heads, or the model's own output head ("shared")
+    signal: str | None = None  # what decided whether a token left
 
 
 @dataclass(slots=True)

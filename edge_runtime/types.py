@@ -43,6 +43,9 @@ class ModelHeader:
     file_bytes: int
 
 
+SIGNALS = ("entropy", "top1", "margin", "clusters", "stability", "gate")
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """Uncertainty of one next-token distribution."""
@@ -50,11 +53,16 @@ class Signals:
     entropy: float  # nats, 0 = certain
     top1: float  # probability of the likeliest token
     margin: float  # probability of the likeliest minus that of the second
+    clusters: float = math.nan  # nats, entropy over clusters of tokens that mean the same
+    stability: float = math.nan  # cosine of this boundary's hidden state and the one before; NaN at the first
+    other: float = 0.0  # probability of a token that the head cannot name
+    gate: float = math.nan  # estimated probability that full depth disagrees
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Exit at boundary i when its entropy is below `exit_below[i]` nats; 0 never exits, infinity always does."""
+    """Exit at boundary i when its guess is less uncertain than `exit_below[i]`, by the signal that was chosen (see
+    `signals.uncertainty`; entropies in nats, others from 0 to 1); 0 never exits, infinity always does."""
 
     exit_below: tuple[float, ...]
 
@@ -62,8 +70,8 @@ class Thresholds:
         for value in self.exit_below:
             if math.isnan(value) or value < 0:
                 raise UsageError(
-                    f"threshold {value} is not an entropy: it must be a number of nats, 0 or more",
-                    "0 never exits, 2.5 exits on fairly sure tokens, inf always exits",
+                    f"threshold {value} is no bound on uncertainty: it must be a number, 0 or more",
+                    "0 never exits, inf always exits; between, it depends on the signal (entropy: nats)",
                 )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import edge_runtime  # noqa: F401  (points the bindings at the patched library before anything imports them)
 from edge_runtime.bench.gguf_maker import tiny, write_random_model
@@ -21,6 +22,11 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("EDGE_RUNTIME_DATA", ROOT.parent / "shared" / "data"))
 
 TinyMaker = Callable[..., Path]
+
+# The same examples in every run, so that a red suite means a changed project; HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.certify import Certificate, betting_p_value, binomial_p_value, fixed_sequence, messages_needed
+from edge_runtime.certify import (
+    Certificate,
+    betting_p_value,
+    binomial_p_value,
+    conformal_risk_control,
+    examples_to_control,
+    fixed_sequence,
+    messages_needed,
+)
 from edge_runtime.errors import UsageError
 
 SHARES = st.floats(0, 1)
@@ -201,6 +209,50 @@ def test_betting_on_errors_is_not_far_from_the_exact_test() -> None:
     assert (betting <= 0.05).mean() > 0.7
 
 
+def test_earlier_losses_set_the_first_bets() -> None:
+    earlier, losses, bound = [0.0, 0.5, 0.25, 0.25], [0.0, 0.5, 0.0, 0.25] * 5, 0.4
+    seen, capital, largest = list(earlier), 1.0, 1.0
+    squares = float(np.var(earlier)) * len(earlier)
+    for loss in losses:
+        bet = min(math.sqrt(2 * math.log(20) / (len(losses) * squares / len(seen))), 0.9 / (1 - bound))
+        capital *= 1 + bet * (bound - loss)
+        largest = max(largest, capital)
+        seen.append(loss)
+        squares += (loss - sum(seen) / len(seen)) ** 2
+    assert largest > 1.2
+    assert betting_p_value(losses, bound, earlier=earlier, max_stake=0.9) == pytest.approx(1 / largest)
+
+
+def test_earlier_losses_that_are_all_equal_bet_the_most() -> None:
+    assert betting_p_value([0.0] * 10, 0.1, earlier=[0.0] * 50, max_stake=0.9) == pytest.approx(1 / (1 + 0.1) ** 10)
+
+
+def test_earlier_losses_and_higher_stakes_prove_more_and_stay_valid() -> None:
+    rng = np.random.default_rng(5)
+    n, bound, level = 120, 0.05, 0.05
+    fair, good = (0.1 * rng.binomial(1, mean / 0.1, (N_RUNS, n)) for mean in (bound, 0.4 * bound))
+    before = 0.1 * rng.binomial(1, 0.2, 200)
+
+    def share(rows: np.ndarray, **how: object) -> float:
+        return float(np.mean([betting_p_value(row, bound, **how) <= level for row in rows]))  # type: ignore[arg-type]
+
+    told = {"earlier": before, "max_stake": 0.95}
+    assert share(fair, **told) <= most_allowed(level)
+    assert share(good, **told) > share(good) + 0.1
+
+
+@pytest.mark.parametrize("earlier", [[1.5], [math.nan], [[0.5]]])
+def test_earlier_losses_outside_their_limits(earlier: object) -> None:
+    with pytest.raises(ValueError, match="one row of numbers"):
+        betting_p_value([0.5], 0.5, earlier=earlier)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stake", [0.0, 1.0, -0.1, math.nan])
+def test_a_stake_that_is_no_share(stake: float) -> None:
+    with pytest.raises(ValueError, match="stake"):
+        betting_p_value([0.5], 0.5, max_stake=stake)
+
+
 # --- many candidates
 
 
@@ -279,6 +331,71 @@ def test_differences_above_the_bound_are_certified_no_more_often_than_delta() ->
     for column in p_values[:, risks > bound].T:
         assert (column <= delta).mean() <= most_allowed(delta)
     assert (p_values[:, 0] <= delta).mean() > 0.5
+
+
+# --- on average
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(0, 12), st.floats(0, 1), st.integers(0, 10**6))
+def test_risk_control_is_its_definition(n_candidates: int, n: int, bound: float, seed: int) -> None:
+    losses = np.random.default_rng(seed).integers(0, 9, (n_candidates, n)) / 8
+    allowed = 0
+    for i in range(n_candidates):
+        worst = [max(losses[j][k] for j in range(i + 1)) for k in range(n)]
+        if sum(worst) + 1 > bound * (n + 1) * (1 + 1e-9):
+            break
+        allowed = i + 1
+    assert conformal_risk_control(losses, bound) == allowed
+    assert conformal_risk_control(3 * losses, 3 * bound, high=3) == allowed
+
+
+def test_the_edges_of_risk_control() -> None:
+    assert conformal_risk_control(np.zeros((3, 18)), 0.05) == 0
+    assert conformal_risk_control(np.zeros((3, 19)), 0.05) == 3  # 1 / 20 is just allowed
+    assert conformal_risk_control(np.ones((3, 19)), 1.0) == 3
+    assert conformal_risk_control(np.zeros((0, 19)), 0.05) == 0
+    # an example that is right again counts as wrong all the same
+    assert conformal_risk_control([[0.0] * 20, [1.0] + [0.0] * 19, [0.0] * 20], 0.05) == 1
+    for losses in ([[1.1]], [[-0.1]], [[math.nan]], [0.5]):
+        with pytest.raises(ValueError, match="must be a table"):
+            conformal_risk_control(losses, 0.1)
+    for bound in (-0.1, math.nan):
+        with pytest.raises(UsageError, match="not a share"):
+            conformal_risk_control([[0.0]], bound)
+
+
+@settings(deadline=None)
+@given(st.floats(0.001, 1), st.floats(0, 1), st.floats(0.5, 3))
+def test_examples_to_control_are_the_fewest(bound: float, risk: float, high: float) -> None:
+    n = examples_to_control(bound, risk, high)
+    if n is None:
+        assert bound <= risk
+        return
+    slack = 1 + 1e-9
+    assert n * risk + high <= bound * (n + 1) * slack
+    assert n == 0 or (n - 1) * risk + high > bound * n / slack
+
+
+def test_examples_to_control_without_loss() -> None:
+    assert [examples_to_control(bound) for bound in (0.01, 0.05, 0.5, 1.0)] == [99, 19, 1, 0]
+    assert examples_to_control(0.05, 0.05) is None
+
+
+def test_the_expected_loss_is_controlled_and_one_draw_is_not() -> None:
+    """Losses that fall back in places: the largest so far is what counts."""
+    rng = np.random.default_rng(6)
+    n, bound, n_candidates = 60, 0.2, 30
+    levels = np.linspace(0.02, 0.6, n_candidates)
+    chosen = []
+    for _ in range(N_RUNS):
+        draws, noise = rng.random(n), rng.random((n_candidates, n))
+        losses = (draws < levels[:, None]) * (noise < 0.9)
+        count = conformal_risk_control(losses, bound)
+        chosen.append(0.9 * levels[count - 1] if count else 0.0)
+    assert np.mean(chosen) <= bound
+    assert np.mean(chosen) > 0.7 * bound
+    assert np.mean(np.array(chosen) > bound) > 0.1
 
 
 # --- how many examples, and in words

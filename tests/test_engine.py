@@ -18,7 +18,7 @@ from edge_runtime.errors import PromptError, UsageError
 from edge_runtime.sampling import Sampler
 from edge_runtime.signals import signals_of
 from edge_runtime.slices import Slice
-from edge_runtime.types import Audit, EngineSettings, Mode, Signals, Step, Thresholds
+from edge_runtime.types import Audit, EngineSettings, Floats, Mode, Signals, Step, Thresholds
 
 from .fakes import FakeSlice, GreedySampler, Interrupted, fake_slices, oracle_logits, oracle_states
 
@@ -74,7 +74,7 @@ def assert_caches_exact(engine: Engine, slices: Sequence[FakeSlice]) -> None:
 class Scripted:
     """Drafts given tokens at given boundaries: whatever a head, a feature head or an n-gram might say."""
 
-    wants_logits = False
+    wants_logits = wants_states = False
 
     def __init__(self, boundary: int, tokens: Callable[[Sequence[int]], int | None]) -> None:
         self.boundary, self.tokens = boundary, tokens
@@ -90,7 +90,13 @@ class Scripted:
         token = self.tokens(view.tokens)
         if token is None:
             return None
-        return Guess(np.zeros(1, np.float32), Signals(0.0, 1.0, 1.0), np.array([token], np.int32))
+        return Guess(np.zeros(1, np.float32), Signals(0.0, 1.0, 1.0), 0.0, np.array([token], np.int32))
+
+    def observe(self, boundary: int, first_pos: int, states: Floats) -> None:
+        raise AssertionError("this source follows no states")
+
+    def forget(self, length: int) -> None:
+        raise AssertionError("this source follows no states")
 
 
 # ── mode full ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -426,20 +432,26 @@ def test_steps_are_plain_data() -> None:
 class AllKnowing:
     """Guesses at boundary 1 with full depth's own logits, of the whole vocabulary or of its even tokens."""
 
-    wants_logits = False
+    wants_logits = wants_states = False
 
-    def __init__(self, entropy: float = 0.0, shortlist: bool = False) -> None:
-        self.entropy, self.shortlist = entropy, shortlist
+    def __init__(self, uncertainty: float = 0.0, shortlist: bool = False) -> None:
+        self.uncertainty, self.shortlist = uncertainty, shortlist
 
     def speaks_at(self, boundary: int) -> bool:
         return boundary == 1
 
     def guess(self, view: BoundaryView) -> Guess | None:
-        logits, signals = oracle_logits(view.tokens, N_LAYER), Signals(self.entropy, 1.0, 1.0)
+        logits, signals = oracle_logits(view.tokens, N_LAYER), Signals(0.0, 1.0, 1.0)
         if not self.shortlist:
-            return Guess(logits, signals)
+            return Guess(logits, signals, self.uncertainty)
         ids = np.arange(0, len(logits), 2, dtype=np.int32)
-        return Guess(logits[ids], signals, ids)
+        return Guess(logits[ids], signals, self.uncertainty, ids)
+
+    def observe(self, boundary: int, first_pos: int, states: Floats) -> None:
+        raise AssertionError("this source follows no states")
+
+    def forget(self, length: int) -> None:
+        raise AssertionError("this source follows no states")
 
 
 def positions_held(slices: Sequence[FakeSlice]) -> list[int]:
@@ -476,9 +488,13 @@ def test_an_audit_of_a_shortlist_speaks_of_tokens_of_the_vocabulary() -> None:
         assert audit.agreed == (int(oracle_logits(text[: audit.position], N_LAYER).argmax()) % 2 == 0)
 
 
-@pytest.mark.parametrize(("threshold", "exits"), [(1.0, 0), (1.0001, 4)])
-def test_an_exit_is_below_its_threshold_not_at_it(threshold: float, exits: int) -> None:
-    engine, _ = make_engine(Mode.EXIT, (2,), threshold, source=AllKnowing(entropy=1.0))
+@pytest.mark.parametrize(
+    ("uncertainty", "threshold", "exits"),
+    [(1.0, 1.0, 0), (1.0, 1.0001, 4), (math.nan, 1.0, 0), (math.nan, math.inf, 0)],
+)
+def test_an_exit_is_below_its_threshold_not_at_it(uncertainty: float, threshold: float, exits: int) -> None:
+    """What decides is the guess's uncertainty, whatever its signals say; NaN is never sure enough."""
+    engine, _ = make_engine(Mode.EXIT, (2,), threshold, source=AllKnowing(uncertainty))
     engine.extend(PROMPT)
     list(engine.generate(5))
     assert engine.stats.exits == exits

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.labels.cascade import NEVER, Outcome, candidates, decision_weights, leaves, run, weigh
-from edge_runtime.labels.metrics import macro_f1
+from edge_runtime.metrics import macro_f1
 from edge_runtime.types import Floats
 
 MIN_EXITS = 30

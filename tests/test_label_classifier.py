@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import PackError, UsageError
+from edge_runtime.identity import identify
 from edge_runtime.labels import classifier as classifier_module
 from edge_runtime.labels import trunk as trunk_module
 from edge_runtime.labels.cascade import run, weigh
@@ -22,7 +23,7 @@ from edge_runtime.labels.drift import WINDOW, reference_of
 from edge_runtime.labels.evaluate import stage_probabilities
 from edge_runtime.labels.fit import Linear
 from edge_runtime.labels.novelty import StateNovelty, fit_word_novelty
-from edge_runtime.labels.pack import LabelPack, NgramStage, identify
+from edge_runtime.labels.pack import LabelPack, NgramStage
 from edge_runtime.labels.prefix import PrefixStore
 from edge_runtime.labels.prepare import prepare
 from edge_runtime.labels.stack import Probe

@@ -17,11 +17,12 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from edge_runtime.errors import EdgeError, PackError
+from edge_runtime.identity import ModelIdentity, identify
 from edge_runtime.labels import pack as pack_module
 from edge_runtime.labels.drift import Reference
 from edge_runtime.labels.fit import Linear
 from edge_runtime.labels.novelty import StateNovelty, WordNovelty
-from edge_runtime.labels.pack import MAX_BYTES, LabelPack, ModelIdentity, NgramStage, identify, quantise
+from edge_runtime.labels.pack import MAX_BYTES, LabelPack, NgramStage, quantise
 from edge_runtime.labels.stack import Probe
 
 from .conftest import TinyMaker

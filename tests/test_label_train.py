@@ -15,18 +15,19 @@ import pytest
 
 from edge_runtime.certify import betting_p_value, binomial_p_value
 from edge_runtime.errors import BoundaryError, EdgeError, UsageError
+from edge_runtime.identity import identify
 from edge_runtime.labels import states as states_module
 from edge_runtime.labels import train as train_module
 from edge_runtime.labels.classifier import ClassifierOptions, LabelClassifier
 from edge_runtime.labels.dataset import Row, Sample, sample_rows, split
 from edge_runtime.labels.ngrams import ngram_rows
 from edge_runtime.labels.novelty import fit_state_novelty, fit_word_novelty
-from edge_runtime.labels.pack import LabelPack, identify
-from edge_runtime.labels.reporter import Reporter
+from edge_runtime.labels.pack import LabelPack
 from edge_runtime.labels.stack import StackFitter
 from edge_runtime.labels.thresholds import Evidence, Guarantee, Setting, apply, certify
 from edge_runtime.labels.train import Trained, TrainOptions, candidate_boundaries, default_instruction, train
 from edge_runtime.native import Model
+from edge_runtime.reporter import Reporter
 from edge_runtime.types import Floats, check_boundaries
 
 from .conftest import TinyMaker

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from edge_runtime import labels_eval
 from edge_runtime.errors import EdgeError, PackError, UsageError
+from edge_runtime.identity import identify
 from edge_runtime.labels import evaluate
 from edge_runtime.labels.classifier import ClassifierOptions, LabelClassifier
 from edge_runtime.labels.dataset import Row
@@ -24,11 +25,11 @@ from edge_runtime.labels.decision import Decision
 from edge_runtime.labels.evaluate import EvaluateOptions, StageTimes, choose_rows, judge, stage_probabilities, sweep
 from edge_runtime.labels.fit import Linear
 from edge_runtime.labels.novelty import StateNovelty, fit_word_novelty
-from edge_runtime.labels.pack import LabelPack, NgramStage, identify
-from edge_runtime.labels.reporter import Reporter
+from edge_runtime.labels.pack import LabelPack, NgramStage
 from edge_runtime.labels.stack import Probe
 from edge_runtime.labels_eval import EvalRequest, evaluate_labels
 from edge_runtime.native import Model
+from edge_runtime.reporter import Reporter
 
 from .cli_helpers import RunCli, assert_clean, runner
 from .conftest import TinyMaker

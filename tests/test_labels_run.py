@@ -20,12 +20,13 @@ import pytest
 
 from edge_runtime import labels_run
 from edge_runtime.errors import PackError, UsageError
+from edge_runtime.identity import identify
 from edge_runtime.labels import packs
 from edge_runtime.labels.classifier import CONFIDENCE
 from edge_runtime.labels.drift import WINDOW, Reference
 from edge_runtime.labels.fit import Linear
 from edge_runtime.labels.novelty import WordNovelty, fit_word_novelty
-from edge_runtime.labels.pack import LabelPack, NgramStage, identify
+from edge_runtime.labels.pack import LabelPack, NgramStage
 from edge_runtime.labels.packs import bundled_packs, find_pack
 from edge_runtime.labels.stack import Probe
 from edge_runtime.labels_run import MAX_LINE, LineCutter, RunRequest, follow, one_line, run_labels

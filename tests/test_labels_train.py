@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from edge_runtime import labels_train
-from edge_runtime.labels.pack import LabelPack, identify
+from edge_runtime.identity import identify
+from edge_runtime.labels.pack import LabelPack
 from edge_runtime.labels_train import summary_lines
 from edge_runtime.native import Model
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.signals import signals_of
-from edge_runtime.types import Signals
+from edge_runtime.errors import UsageError
+from edge_runtime.signals import cosine, signals_of, uncertainty
+from edge_runtime.types import SIGNALS, Signals
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 
@@ -103,3 +104,100 @@ def test_a_sure_distribution_is_never_below_zero() -> None:
 def test_what_is_not_a_number_is_never_sure(bad: list[float]) -> None:
     """An exit asks `entropy < threshold`: for NaN that must be false, whatever the threshold."""
     assert not signals_of(np.array(bad, np.float32)).entropy < math.inf
+
+
+# ── shortlists, clusters, and what decides ──────────────────────────────────────────────────────────────────────────
+
+
+def slow_signals(logits: Sequence[float], starts: Sequence[int], has_other: bool) -> dict[str, float]:
+    """The definitions in plain Python; `starts` begin clusters of the rows that name a token."""
+    weights = [math.exp(v - max(logits)) for v in logits]
+    p = [w / sum(weights) for w in weights]
+    named, other = (p[:-1], p[-1]) if has_other else (p, 0.0)
+    best = max(range(len(named)), key=lambda i: logits[i])
+    ends = [*starts[1:], len(named)]
+    masses = [sum(named[a:b]) for a, b in zip(starts, ends, strict=True)] + [other] * has_other
+    return {
+        "entropy": -sum(x * math.log(x) for x in p if x > 0),
+        "top1": p[best],
+        "margin": p[best] - max([x for i, x in enumerate(p) if i != best], default=0.0),
+        "clusters": -sum(x * math.log(x) for x in masses if x > 0),
+        "other": other,
+    }
+
+
+@given(
+    st.lists(st.floats(-12, 12, width=32), min_size=2, max_size=60),
+    st.sets(st.integers(1, 58)),
+    st.booleans(),
+)
+def test_clusters_and_the_row_for_other_tokens(logits: list[float], cuts: set[int], has_other: bool) -> None:
+    n_named = len(logits) - has_other
+    starts = [0, *sorted(c for c in cuts if c < n_named)]
+    row = np.array(logits, np.float32)
+    before = row.copy()
+    found = signals_of(row, np.array(starts, np.int32), has_other)
+    assert np.array_equal(row, before)
+    for name, value in slow_signals(row.tolist(), starts, has_other).items():
+        assert getattr(found, name) == pytest.approx(value, abs=1e-4), name
+        assert type(getattr(found, name)) is float
+    assert 0 <= found.clusters <= found.entropy + 1e-4
+    assert math.isnan(found.stability)
+    assert math.isnan(found.gate)
+
+
+def test_each_token_a_cluster_is_plain_entropy_and_one_cluster_none() -> None:
+    row = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 4
+    single = signals_of(row, np.arange(1000, dtype=np.int32))
+    assert single.clusters == pytest.approx(single.entropy, abs=1e-4)
+    assert signals_of(row, np.array([0], np.int32)).clusters == pytest.approx(0.0, abs=1e-5)
+    # of the tokens that are named, and all others
+    p = signals_of(row, np.array([0], np.int32), has_other=True).other
+    assert signals_of(row, np.array([0], np.int32), has_other=True).clusters == pytest.approx(
+        -p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-5
+    )
+
+
+def test_a_likely_other_token_is_no_top_1() -> None:
+    found = signals_of(np.array([1.0, 2.0, 5.0], np.float32), None, has_other=True)
+    p = np.exp([1.0, 2.0, 5.0]) / np.exp([1.0, 2.0, 5.0]).sum()
+    assert (found.top1, found.other) == (pytest.approx(p[1]), pytest.approx(p[2]))
+    assert found.margin == pytest.approx(p[1] - p[2])
+    assert math.isnan(found.clusters)
+
+
+@given(st.lists(FLOATS, min_size=1, max_size=20))
+def test_clusters_change_nothing_else(logits: list[float]) -> None:
+    row = np.array(logits, np.float32)
+    plain, more = signals_of(row), signals_of(row, np.array([0], np.int32))
+    assert (plain.entropy, plain.top1, plain.margin, plain.other) == (more.entropy, more.top1, more.margin, 0.0)
+
+
+SEEN = Signals(1.5, 0.6, 0.25, clusters=1.25, stability=0.75, other=0.1, gate=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("entropy", 1.5), ("top1", 0.4), ("margin", 0.75), ("clusters", 1.25), ("stability", 0.25), ("gate", 0.05)],
+)
+def test_uncertainty_is_lower_where_a_signal_is_surer(name: str, value: float) -> None:
+    assert uncertainty(SEEN, name) == pytest.approx(value)
+
+
+def test_every_signal_is_an_uncertainty() -> None:
+    for name in SIGNALS:
+        assert not uncertainty(signals_of(np.array([math.nan, 1.0], np.float32), np.array([0]), True), name) < math.inf
+    for name in ("clusters", "stability", "gate"):  # what a plain row of logits has not
+        assert not uncertainty(signals_of(np.zeros(3, np.float32)), name) < math.inf
+    with pytest.raises(UsageError, match="no signal 'mood'"):
+        uncertainty(SEEN, "mood")
+
+
+@given(st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3), st.lists(st.floats(-8, 8), min_size=3, max_size=3))
+def test_cosine(a: list[float], b: list[float]) -> None:
+    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    found = cosine(np.array(a, np.float32), np.array(b, np.float32))
+    if lengths > 1e-3:
+        assert found == pytest.approx(sum(x * y for x, y in zip(a, b, strict=True)) / lengths, abs=1e-4)
+    elif lengths == 0:
+        assert math.isnan(found)

@@ -23,8 +23,8 @@ from edge_runtime.types import (
 
 
 @pytest.mark.parametrize("value", [-0.001, math.nan, -math.inf])
-def test_a_threshold_is_an_entropy(value: float) -> None:
-    with pytest.raises(UsageError, match="is not an entropy") as failure:
+def test_a_threshold_bounds_uncertainty(value: float) -> None:
+    with pytest.raises(UsageError, match="is no bound on uncertainty") as failure:
         Thresholds((1.0, value))
     assert "0 never exits" in failure.value.hint
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..labels.classifier import ClassifierOptions, LabelClassifier, message_tokens, prefix_tokens
-from ..labels.metrics import auroc
 from ..labels.pack import LabelPack
 from ..labels.prepare import prepare
+from ..metrics import auroc
 from ..native import Model
 from .measure import Spread, spread
 from .stock import StockProcess

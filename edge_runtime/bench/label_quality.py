@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ..errors import EdgeError
 from ..labels.cascade import decision_weights, weigh
 from ..labels.dataset import Sample, split
-from ..labels.metrics import auroc, macro_f1
 from ..labels.thresholds import Evidence, Guarantee, Setting, apply, certify, left_with
 from ..labels.train import Trained
+from ..metrics import auroc, macro_f1
 from ..types import Floats
 
 Labels = NDArray[np.int64]

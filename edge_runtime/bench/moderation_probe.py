@@ -14,7 +14,6 @@ from ..labels.cascade import weigh
 from ..labels.classifier import ClassifierOptions, LabelClassifier, message_tokens, prefix_tokens
 from ..labels.evaluate import stage_probabilities
 from ..labels.fit import fit_dense, fit_sparse
-from ..labels.metrics import auroc
 from ..labels.moderation import HARMLESS
 from ..labels.ngrams import ngram_rows, scores
 from ..labels.pack import LabelPack
@@ -22,6 +21,7 @@ from ..labels.prepare import prepare
 from ..labels.stack import folds_of
 from ..labels.states import groups, pool
 from ..labels.trunk import Trunk, TrunkOptions
+from ..metrics import auroc
 from ..native import ContextOptions, Model
 from ..slices import Slice
 from ..types import Floats

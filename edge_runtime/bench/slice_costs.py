@@ -17,7 +17,7 @@ from ..engine import Engine
 from ..native import ContextOptions, Model, Route
 from ..sampling import Sampler
 from ..slices import Slice, close_slices, open_slices
-from ..types import EngineSettings, Mode, SamplingSettings, Signals, Thresholds
+from ..types import EngineSettings, Floats, Mode, SamplingSettings, Signals, Thresholds
 from .measure import Comparison, Spread, interleave, spread
 from .stock import StockProcess, peak_resident_bytes
 
@@ -31,13 +31,20 @@ class FreeHead:
     """Exits at the first boundary at no cost: leaves the time of the layers themselves."""
 
     wants_logits = False
-    _guess = Guess(np.zeros(1, np.float32), Signals(0.0, 1.0, 1.0), np.array([5], np.int32))
+    wants_states = False
+    _guess = Guess(np.zeros(1, np.float32), Signals(0.0, 1.0, 1.0), 0.0, np.array([5], np.int32))
 
     def speaks_at(self, boundary: int) -> bool:
         return boundary == 1
 
     def guess(self, view: BoundaryView) -> Guess | None:
         return self._guess
+
+    def observe(self, boundary: int, first_pos: int, states: Floats) -> None:
+        pass
+
+    def forget(self, length: int) -> None:
+        pass
 
 
 class TimedSlice(Slice):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..metrics import macro_f1
 from ..types import Floats
-from .metrics import macro_f1
 
 Labels = NDArray[np.int64]
 Mask = NDArray[np.bool_]

@@ -11,13 +11,14 @@ import numpy as np
 
 from ..cache import cache_dir
 from ..errors import UsageError
+from ..identity import identify
 from ..models import find_model
 from ..native import Model, library_hash
 from ..types import Floats
 from .cascade import leaves, weigh
 from .decision import UNSURE, Decision
 from .drift import Drift, DriftMonitor
-from .pack import LabelPack, identify
+from .pack import LabelPack
 from .prefix import PrefixStore
 from .prepare import prepare
 from .stack import score_features

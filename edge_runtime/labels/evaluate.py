@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from ..cache import cache_dir
 from ..errors import UsageError
+from ..metrics import auroc, calibration_error, confusion, precision_recall
 from ..native import Model, library_hash
+from ..reporter import Reporter
 from ..types import Floats
 from .cascade import NEVER, weigh
 from .classifier import ClassifierOptions, LabelClassifier, message_tokens, prefix_tokens, trunk_options
 from .dataset import Row
 from .decision import Decision
-from .metrics import auroc, calibration_error, confusion, precision_recall
 from .pack import LabelPack
 from .prefix import PrefixStore
 from .prepare import prepare
-from .reporter import Reporter
 from .seen import TextTable, text_hash
 from .stack import score_features
 from .states import groups, pool

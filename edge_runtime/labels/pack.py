@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import model_hash, replacing
+from ..cache import replacing
 from ..errors import EdgeError, ModelNotFoundError, PackError, UsageError
-from ..native import read_header, read_tensors
+from ..identity import ModelIdentity, difference
+from ..native import read_tensors
 from ..types import Floats
 from .drift import Reference
 from .fit import Linear, log_softmax
@@ -36,37 +37,6 @@ _MAKE = "make a pack with `edge-run labels train`"
 _STATE_NUMBERS = ("length_slope", "distance_scale", "words_scale", "offset")
 _INT8 = ("ngrams.weights", "words.table")
 _AGAIN = "train it again with `edge-run labels train`"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """The model a pack is for."""
-
-    sha256: str
-    file: str
-    name: str
-    architecture: str
-    n_layer: int
-    n_embd: int
-    file_bytes: int
-
-    def __str__(self) -> str:
-        size = f"{self.file_bytes / 2**20:.0f} MiB"
-        return f"{self.name or self.file} ({self.file}, {self.architecture}, {self.n_layer} layers, {size})"
-
-
-def identify(path: Path) -> ModelIdentity:
-    """Identity of the model file at `path`. Raises what `read_header` does."""
-    header = read_header(str(path))
-    return ModelIdentity(
-        sha256=model_hash(path),
-        file=path.name,
-        name=header.name,
-        architecture=header.architecture,
-        n_layer=header.n_layer,
-        n_embd=header.n_embd,
-        file_bytes=header.file_bytes,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +100,9 @@ class LabelPack:
 
     def check_model(self, found: ModelIdentity) -> None:
         """Raise PackError, saying what differs, unless `found` is the model the pack is for."""
-        if found.sha256 == self.model.sha256:
+        what = difference(self.model, found)
+        if what is None:
             return
-        same = ("architecture", "n_layer", "n_embd")
-        if any(getattr(found, key) != getattr(self.model, key) for key in same):
-            what = "another model"
-        elif found.file_bytes != self.model.file_bytes:
-            what = "another quantisation or fine-tune of the model"
-        else:
-            what = "another version of the model: only the weights differ"
         raise PackError(
             f"the pack '{self.name}' is for {self.model}, this is {what}: {found}",
             "name the right model with --model, or train a pack for this one with `edge-run labels train`",

@@ -11,11 +11,12 @@ from ..errors import PackError
 MODERATION = "moderation"
 _SHORT_NAMES = {MODERATION: "moderation-smollm2-135m"}
 _FOLDER = Path(__file__).parent.parent / "packs"
+_OTHER_KIND = ".exits.gguf"  # exit packs lie in the same folder
 
 
 def bundled_packs() -> dict[str, Path]:
     """Files of the packs that come with this package, by name; a short name leads to the same file as the long one."""
-    packs = {path.stem: path for path in sorted(_FOLDER.glob("*.gguf"))}
+    packs = {path.stem: path for path in sorted(_FOLDER.glob("*.gguf")) if not path.name.endswith(_OTHER_KIND)}
     return packs | {short: packs[name] for short, name in _SHORT_NAMES.items() if name in packs}
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..certify import Certificate, betting_p_value, messages_needed
+from ..metrics import auroc, calibration_error, confusion, macro_f1, precision_recall
 from ..types import Floats
 from .cascade import weigh
-from .metrics import auroc, calibration_error, confusion, macro_f1, precision_recall
 from .pack import LabelPack
 from .thresholds import Evidence, Guarantee, Labels, Setting, apply, left_with
 

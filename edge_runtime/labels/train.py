@@ -17,7 +17,9 @@ import numpy as np
 
 from ..cache import cache_dir
 from ..errors import UsageError
+from ..identity import ModelIdentity
 from ..native import Model, library_hash
+from ..reporter import Reporter
 from ..templates import ChatTemplate, Message
 from ..types import Floats, check_boundaries
 from .cascade import decision_weights
@@ -25,10 +27,9 @@ from .classifier import message_tokens, prefix_tokens, trunk_options
 from .dataset import Sample, split
 from .ngrams import ngram_rows
 from .novelty import StateNovelty, WordNovelty, fit_state_novelty, fit_word_novelty
-from .pack import LabelPack, ModelIdentity, NgramStage, quantise
+from .pack import LabelPack, NgramStage, quantise
 from .prefix import PrefixStore
 from .report import certificate_record, describe_evidence
-from .reporter import Reporter
 from .stack import Probe, StackFitter, score_features
 from .states import StateCache, collect, message_key
 from .thresholds import Evidence, Guarantee, Rows, Setting, certify, references_of, settings_of

@@ -48,6 +48,8 @@ class ContextOptions:
     n_threads: int = 0  # 0: all physical cores
     flash_attention: bool | None = None  # None: llama.cpp decides
     kv_type: KvType = KvType.F16
+    # False: n_ctx is shared out evenly, and no sequence's sums depend on the others; none can share cells then
+    kv_unified: bool = True
 
     def __post_init__(self) -> None:
         if self.kv_type is KvType.Q8_0 and self.flash_attention is False:
@@ -96,7 +98,7 @@ class Context:
         params.type_k = params.type_v = options.kv_type.ggml
         params.flash_attn_type = {None: -1, False: 0, True: 1}[options.flash_attention]
         params.swa_full = True  # a rollback must find every position
-        params.kv_unified = True
+        params.kv_unified = options.kv_unified
         params.no_perf = True
         if not model.handle:
             raise UsageError("this model is closed")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.labels.metrics import auroc, calibration_error, confusion, macro_f1, precision_recall
+from edge_runtime.metrics import auroc, calibration_error, confusion, macro_f1, precision_recall
 
 # three labels: 0 four times, 1 three times, 2 once
 TRUTH = np.array([0, 0, 0, 0, 1, 1, 1, 2])

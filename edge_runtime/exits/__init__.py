@@ -1,0 +1,1 @@
+"""Exit packs: heads at layer boundaries, signals, and thresholds with certificates."""
