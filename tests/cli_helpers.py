@@ -62,6 +62,7 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         env=environment(),
         start_new_session=True,
+        bufsize=0,  # what `readline` would read ahead, `communicate` would miss
     )
 
 

@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("EDGE_RUNTIME_DATA", ROOT.parent / "shared" / "data")
 
 TinyMaker = Callable[..., Path]
 
-# The same examples in every run, so that a red suite means a changed project; HYPOTHESIS_PROFILE=explore draws new ones.
+# The same examples in every run, so that a red suite means a changed project; HYPOTHESIS_PROFILE=explore draws others.
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
