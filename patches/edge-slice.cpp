@@ -11,6 +11,11 @@
 #include <string>
 #include <vector>
 
+#ifndef _WIN32
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 //
 // called from upstream's files
 //
@@ -21,6 +26,7 @@ struct slice_request {
     int32_t il_start    = 0;
     int32_t il_end      = 0;
     bool    want_hidden = false;
+    bool    invariant   = false;
 };
 
 // llama_context_params is public and mirrored by bindings, so the range travels beside it
@@ -38,11 +44,26 @@ bool ends_model(const llm_graph_context & graph) {
     return graph.n_layer == (int64_t) graph.hparams.n_layer();
 }
 
+bool in_edge_buffer(const ggml_tensor * tensor) {
+    return tensor->buffer && strcmp(ggml_backend_buffer_name(tensor->buffer), "CPU_EDGE") == 0;
+}
+
+bool has_edge_kernels(const llama_model & model) {
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        if (in_edge_buffer(tensor)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 } // namespace
 
 void edge_slice_configure(llama_cparams & cparams, const llama_hparams & hparams) {
     cparams.il_start = pending.il_start;
     cparams.il_end   = pending.il_end;
+
+    cparams.edge_invariant = pending.invariant;
 
     if (cparams.il_end > 0) {
         const bool partial = cparams.il_end < (int32_t) hparams.n_layer();
@@ -64,6 +85,23 @@ uint32_t edge_slice_max_nodes(const llama_cparams & cparams, const llama_hparams
 
 bool edge_slice_keeps_all_rows(const llm_graph_context & graph) {
     return is_slice(graph) && !ends_model(graph);
+}
+
+void edge_slice_mark_attention(const llm_graph_context & graph, ggml_tensor * attention) {
+    // the last parameter is not used by upstream; ggml's CPU backend looks at it
+    attention->op_params[GGML_MAX_OP_PARAMS / sizeof(int32_t) - 1] = graph.cparams.edge_invariant;
+}
+
+void edge_slice_loaded(const ggml_tensor * tensor, void * data, size_t size) {
+#ifdef MADV_DONTNEED
+    // the file's pages come back when they are touched again; whole pages only, as others have neighbours
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = ((uintptr_t) data + page - 1) / page * page, end = (uintptr_t) data + size;
+    if (in_edge_buffer(tensor) && end > first) {
+        madvise((void *) first, (end - first) / page * page, MADV_DONTNEED);
+    }
+#else
+    (void) tensor, (void) data, (void) size;
+#endif
 }
 
 ggml_tensor * edge_slice_boundary(const llm_graph_context & graph, ggml_tensor * cur, int il) {
@@ -153,7 +191,7 @@ llama_context * edge_slice_init(llama_model * model, llama_context_params params
         return nullptr;
     }
 
-    pending = { il_start, il_end, want_hidden };
+    pending = { il_start, il_end, want_hidden, has_edge_kernels(*model) };
     llama_context * ctx = llama_init_from_model(model, params);
     pending = {};
 

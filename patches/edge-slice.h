@@ -25,7 +25,13 @@ bool edge_slice_keeps_all_rows(const llm_graph_context & graph);
 // returns the rows that the output head shall see
 ggml_tensor * edge_slice_boundary(const llm_graph_context & graph, ggml_tensor * cur, int il);
 
-#define EDGE_ABI_VERSION 1
+// makes attention take the same path, whatever the batch width and the number of threads, where the weights' kernels do
+void edge_slice_mark_attention(const llm_graph_context & graph, ggml_tensor * attention);
+
+// gives back the pages of a mapped file that a tensor was loaded from, where edge-kernels.h's buffers hold it in another form
+void edge_slice_loaded(const ggml_tensor * tensor, void * data, size_t size);
+
+#define EDGE_ABI_VERSION 2
 
 extern "C" {
     LLAMA_API int32_t edge_abi_version(void);

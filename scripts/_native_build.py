@@ -171,8 +171,9 @@ class Recipe:
 def make_recipe(variant: str, device: Device, tools: Tools, pin: Pin, patches: Path = PATCHES) -> Recipe:
     files: dict[str, str] = {}
     if variant == EDGE:
-        paths = [patches / "series", *(patches / patch.name for patch in load_series(patches)), *own_sources(patches)]
-        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        paths = {name: patches / name for name in ["series", *(patch.name for patch in load_series(patches))]}
+        paths |= own_sources(patches)
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     return Recipe(
         variant,
         pin,

@@ -14,6 +14,7 @@ from _upstream import PATCHES, BuildError
 FIELDS = ("Subject", "Description", "Forwarded", "Last-Update", "X-Upstream-Base", "X-Remove-When")
 MAX_CHANGED_LINES = 100  # upstream lines, loop starts apart
 LOOP_START = re.compile(r"^[+-]\s*for \(int il = (0|il_start); il < n_layer; \+\+il\) \{$")
+OWN_PLACES = {".": "src", "kernels": "ggml/src/ggml-cpu/edge"}
 TABLE_START, TABLE_END = "<!-- table: written by `scripts/patches refresh` -->", "<!-- end of table -->"
 
 
@@ -112,9 +113,14 @@ def check_header(patch: Patch, base: str) -> None:
             )
 
 
-def own_sources(folder: Path = PATCHES) -> list[Path]:
-    """Our C++ files, which stand beside the patches and are copied into src/."""
-    return sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
+def own_sources(folder: Path = PATCHES) -> dict[str, Path]:
+    """Our C++ files, which stand beside the patches, by the place that they are copied to in the source tree."""
+    return {
+        f"{place}/{path.name}": path
+        for part, place in OWN_PLACES.items()
+        for path in sorted((folder / part).glob("*"))
+        if path.suffix in (".cpp", ".h", ".cmake")
+    }
 
 
 def abi_version(folder: Path = PATCHES) -> int:
@@ -125,8 +131,9 @@ def abi_version(folder: Path = PATCHES) -> int:
 
 
 def copy_own_sources(tree: Path, folder: Path = PATCHES) -> None:
-    for path in own_sources(folder):
-        shutil.copy(path, tree / "src" / path.name)
+    for place, path in own_sources(folder).items():
+        (tree / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tree / place)
 
 
 def apply_patch(patch: Patch, tree: Path, fuzz: int = 0) -> None:

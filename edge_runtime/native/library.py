@@ -19,7 +19,7 @@ from typing import Any
 from .._library import ENV_BINDINGS, ENV_OURS, library_dir
 from ..errors import LibraryError, UsageError
 
-expected_abi = 1
+expected_abi = 2
 BINDINGS_VERSION = "0.3.36"
 BUILD_HINT = "build it with scripts/build_llama (or `make setup`), or reinstall with `pip install .`"
 
@@ -215,6 +215,9 @@ def _declare(c: Any, lib: Any) -> None:
         ),
         "edge_slice_hidden": (pointer, [pointer]),
         "edge_slices_decode": (ctypes.c_int32, [pointer, ctypes.c_int32, c.llama_batch]),
+        "edge_kernels_available": (text, []),
+        "edge_kernels_types": (text, []),
+        "edge_kernels_select": (ctypes.c_bool, [text]),
         "gguf_init_from_file": (pointer, [text, GgufInitParams]),
         "gguf_free": (None, [pointer]),
         "gguf_get_data_offset": (ctypes.c_size_t, [pointer]),
@@ -232,8 +235,11 @@ def _declare(c: Any, lib: Any) -> None:
         "gguf_get_tensor_type": (ctypes.c_int, [pointer, i64]),
         "gguf_get_tensor_name": (text, [pointer, i64]),
         "ggml_time_us": (i64, []),
+        "ggml_type_name": (text, [ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
+        if name.startswith("edge_kernels_") and not hasattr(lib, name):
+            continue  # built without them
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     # a second face of the function, giving an address: the bindings' pointer object costs more than the call

@@ -11,6 +11,7 @@ from ..errors import MemoryLimitError, ModelUnreadableError, UnsupportedModelErr
 from ..types import ModelHeader
 from .header import read_header
 from .interrupt import interrupt_deferred
+from .kernels import STOCK, kernels_for_loading, resolve_kernels
 from .library import Closed, load
 
 _LOAD_MODE_AUTO, _LOAD_MODE_NONE = -1, 0  # enum llama_load_mode
@@ -24,12 +25,18 @@ class Model:
     """Weights shared by every slice of a model. Closing it closes the contexts still open on it."""
 
     def __init__(
-        self, path: str, *, header: ModelHeader | None = None, n_gpu_layers: int = 0, use_mmap: bool = True
+        self,
+        path: str,
+        *,
+        header: ModelHeader | None = None,
+        n_gpu_layers: int = 0,
+        use_mmap: bool = True,
+        kernels: str = STOCK,
     ) -> None:
-        """Load the GGUF at `path`; `header` saves reading it again.
+        """Load the GGUF at `path`; `header` saves reading it again; `kernels` as `resolve_kernels` takes it.
 
-        Raises what `read_header` does, ModelUnreadableError with llama.cpp's reason, MemoryLimitError, or
-        UnsupportedModelError for an architecture without slices.
+        Raises UsageError for kernels that are not there, what `read_header` does, ModelUnreadableError with llama.cpp's
+        reason, MemoryLimitError, or UnsupportedModelError for an architecture without slices.
         """
         api = load()
         self._api, self._c = api, api.c
@@ -39,6 +46,7 @@ class Model:
         if self.architecture not in api.supported_architectures:
             # of others, the header's values have not been checked
             raise self._unsupported()
+        self.kernels = resolve_kernels(kernels)
         params = self._c.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _LOAD_MODE_AUTO if use_mmap else _LOAD_MODE_NONE
@@ -47,7 +55,8 @@ class Model:
             # loading stops between two tensors when Ctrl-C was pressed
             progress = self._c.llama_progress_callback(lambda _share, _user: not interrupted())
             params.progress_callback = progress
-            handle = self._c.llama_model_load_from_file(os.fsencode(path), params)
+            with kernels_for_loading(self.kernels):
+                handle = self._c.llama_model_load_from_file(os.fsencode(path), params)
             if interrupted() and handle:
                 self._c.llama_model_free(handle)
                 handle = None

@@ -43,6 +43,16 @@ def read_texts(path: str, keys: tuple[str, ...]) -> dict[str, str]:
         return {key: gguf.text(key) for key in keys}
 
 
+def weight_bytes(path: str) -> dict[str, int]:
+    """Bytes of weights by type, as in {"q4_1": 66048000}, from a file's header. Raises as `read_tensors`."""
+    found: dict[str, int] = {}
+    with _opened(path) as gguf:
+        for i in range(int(gguf.lib.gguf_get_n_tensors(gguf.handle))):
+            kind = gguf.lib.ggml_type_name(gguf.lib.gguf_get_tensor_type(gguf.handle, i)).decode().lower()
+            found[kind] = found.get(kind, 0) + int(gguf.lib.gguf_get_tensor_size(gguf.handle, i))
+    return found
+
+
 def read_tensors(path: str, keys: tuple[str, ...]) -> Tensors:
     """The values `keys` ('' where missing) and all tensors of types F32, F16, I8, I32, Q4_0 and Q8_0.
 

@@ -1,0 +1,38 @@
+# Included where ggml lists the sources of its CPU backend: adds the kernels, each file for its own instructions.
+option(GGML_EDGE_KERNELS "small-batch matmul kernels, chosen at run time" ON)
+
+if (GGML_EDGE_KERNELS)
+    include(CheckCXXCompilerFlag)
+    set(EDGE_DIR ggml-cpu/edge)
+    set(EDGE_SOURCES ${EDGE_DIR}/edge-kernels.cpp ${EDGE_DIR}/edge-isas.cpp)
+    # fused operations are asked for by name: one rounding more or less would be another result
+    set_source_files_properties(${EDGE_SOURCES} PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+
+    function(edge_isa name macro)
+        string(REPLACE ";" " " flags "${ARGN}")
+        set(usable TRUE)
+        if (ARGN)
+            set(CMAKE_REQUIRED_FLAGS "")
+            check_cxx_compiler_flag("${flags}" EDGE_HAS_${macro})
+            set(usable ${EDGE_HAS_${macro}})
+        endif()
+        if (usable)
+            set_source_files_properties(${EDGE_DIR}/edge-isa-${name}.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=off;${ARGN}")
+            set_property(SOURCE ${EDGE_DIR}/edge-isas.cpp APPEND PROPERTY COMPILE_DEFINITIONS ${macro})
+            set(EDGE_SOURCES ${EDGE_SOURCES} ${EDGE_DIR}/edge-isa-${name}.cpp PARENT_SCOPE)
+        endif()
+    endfunction()
+
+    if (GGML_SYSTEM_ARCH STREQUAL "x86")
+        edge_isa(avx512 EDGE_AVX512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512vnni)
+        edge_isa(avxvnni EDGE_AVXVNNI -mno-avx512f -mavx2 -mfma -mf16c -mavxvnni)
+        edge_isa(avx2 EDGE_AVX2 -mno-avx512f -mavx2 -mfma -mf16c)
+    elseif (GGML_SYSTEM_ARCH STREQUAL "ARM" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+        edge_isa(i8mm EDGE_I8MM -march=armv8.2-a+dotprod+i8mm)
+        edge_isa(dotprod EDGE_DOTPROD -march=armv8.2-a+dotprod)
+        edge_isa(neon EDGE_NEON)
+    endif()
+
+    list(APPEND GGML_CPU_SOURCES ${EDGE_SOURCES})
+    target_compile_definitions(${GGML_CPU_NAME} PRIVATE GGML_USE_EDGE_KERNELS)
+endif()
