@@ -22,7 +22,7 @@ HELP = """\
 /stats          how full the context is, and how the answers came about
 /reset          forget the conversation, keep the system message
 /system TEXT    another system message from here on; none without TEXT
-/mode NAME      full, exit or verified
+/mode NAME      full, exit, verified or margin
 /quit           leave; so do Ctrl-D, and Ctrl-C at the prompt
 Ctrl-C          stops an answer; what there is of it stays
 A message that begins with / needs a space in front."""
@@ -56,7 +56,7 @@ def chat(arguments: RunArguments) -> None:
     options = run_options(arguments)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
     start_library(verbose=arguments.verbose)
-    with Runtime(options, lambda text: say(f"warning: {text}")) as runtime:
+    with Runtime(options, lambda text: say(f"warning: {text}"), say) as runtime:
         if runtime.template is None:
             raise ModelError(f"{runtime.header.path} has no chat template", "use `edge-run generate --raw`")
         session = ChatSession(runtime, arguments, say)
@@ -194,6 +194,8 @@ class ChatSession:
         if stats.published:
             display.tell(f"mean depth: {stats.mean_depth:.1f} of {self.runtime.model.n_layer} layers")
         display.tell(f"left early: {stats.exits}, drafts accepted: {stats.accepted} of {stats.drafted}")
+        if stats.relaxed:
+            display.tell(f"accepted as full depth's second choice: {stats.relaxed} ({stats.changed:.1%} of the tokens)")
         display.tell(f"audited exits that full depth disagreed with: {stats.disagreed} of {stats.audited}")
         display.tell(f"seed: {self.runtime.options.sampling.seed}")
 

@@ -37,7 +37,7 @@ def complete(request: Request, arguments: RunArguments) -> None:
     prompt = read_prompt(request.prompt, request.file)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
     start_library(verbose=arguments.verbose)
-    with Runtime(options, lambda text: say(f"warning: {text}")) as runtime:
+    with Runtime(options, lambda text: say(f"warning: {text}"), say) as runtime:
         tokens = _tokens(runtime, prompt, request.raw, arguments.system, say)
         if arguments.show_exits:
             say(painter_of(runtime).legend())

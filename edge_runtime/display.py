@@ -17,6 +17,7 @@ from .types import Mode
 
 _RESET = "\x1b[0m"
 _REFUSED = "\x1b[30;48;5;217m"
+_RELAXED = "\x1b[30;48;5;215m"
 # black on light backgrounds, which also show spaces: green for the earliest boundary, then towards yellow
 _EXIT_COLOURS = tuple(f"\x1b[30;48;5;{n}m" for n in (120, 123, 159, 183, 223, 229))
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -43,22 +44,29 @@ class ExitPainter:
     """Marks each token with the depth it came from, by colour or, without colour, by a sign behind it."""
 
     def __init__(self, mode: Mode, boundaries: tuple[int, ...], n_layer: int, *, colour: bool, unicode: bool) -> None:
-        self._verified = mode is Mode.VERIFIED
+        self._mode, self._verified = mode, mode.verifies
+        # without boundaries, drafts come from before the first layer
+        boundaries = boundaries or ((0,) if mode.verifies else ())
         self._boundaries, self._n_layer, self._colour = boundaries, n_layer, colour
-        self._left, self._accepted, self._corrected = ("⌄", "✓", "✗") if unicode else ("^", "+", "!")
+        signs = ("⌄", "✓", "✗", "≈") if unicode else ("^", "+", "!", "~")
+        self._left, self._accepted, self._corrected, self._relaxed = signs
 
     def legend(self) -> str:
         """One line that explains the marks."""
         sign = self._accepted if self._verified else self._left
-        what = "drafted after layer {} and accepted" if self._verified else "left after layer {}"
-        entries = [
-            f"{_colour_of(i)}{what.format(layer)}{_RESET}" if self._colour else f"{sign}{layer} {what.format(layer)}"
-            for i, layer in enumerate(self._boundaries)
-        ]
+        what = "drafted {} and accepted" if self._verified else "left {}"
+        entries = []
+        for i, layer in enumerate(self._boundaries):
+            words = what.format(f"after layer {layer}" if layer else "by the text so far")
+            entries.append(self._entry(_colour_of(i), f"{sign}{layer or ''}", words))
         if self._verified:
-            refused = "draft refused, corrected"
-            entries.append(f"{_REFUSED}{refused}{_RESET}" if self._colour else f"{self._corrected} {refused}")
+            entries.append(self._entry(_REFUSED, self._corrected, "draft refused, corrected"))
+        if self._mode is Mode.MARGIN:
+            entries.append(self._entry(_RELAXED, self._relaxed, "draft accepted, full depth's second choice"))
         return "; ".join([*entries, f"no mark: full depth, {self._n_layer} layers"])
+
+    def _entry(self, colour: str, sign: str, words: str) -> str:
+        return f"{colour}{words}{_RESET}" if self._colour else f"{sign} {words}"
 
     def paint(self, chunk: Chunk) -> str:
         """The chunk's text with its mark; line ends stay outside of it."""
@@ -68,11 +76,13 @@ class ExitPainter:
             return chunk.text
         if self._colour:
             earlier = sum(layer < (step.boundary or 0) for layer in self._boundaries)
-            start = _REFUSED if step.corrected else _colour_of(earlier)
+            start = _REFUSED if step.corrected else _RELAXED if step.relaxed else _colour_of(earlier)
             return f"{start}{body or ' '}{_RESET}{tail}"
         if step.corrected:
             return f"{body}{self._corrected}{tail}"
-        return f"{body}{self._accepted if self._verified else self._left}{step.boundary}{tail}"
+        if step.relaxed:
+            return f"{body}{self._relaxed}{tail}"
+        return f"{body}{self._accepted if self._verified else self._left}{step.boundary or ''}{tail}"
 
 
 def _colour_of(index: int) -> str:
@@ -82,7 +92,7 @@ def _colour_of(index: int) -> str:
 def speaks_unicode(stream: TextIO) -> bool:
     """Whether a stream can show the signs of the painter."""
     try:
-        "⌄✓✗".encode(stream.encoding or "ascii")
+        "⌄✓✗≈".encode(stream.encoding or "ascii")
     except UnicodeEncodeError:
         return False
     return True
@@ -121,6 +131,7 @@ def chunk_record(chunk: Chunk) -> dict[str, Any]:
         "signals": [{"layer": layer, **dataclasses.asdict(signals)} for layer, signals in step.signals],
         "drafted": step.drafted,
         "accepted": step.accepted,
+        "relaxed": step.relaxed,
         "corrected": step.corrected,
         "audits": [dataclasses.asdict(audit) for audit in step.audits],
     }
@@ -149,9 +160,14 @@ def _depth_line(summary: Summary) -> list[str]:
     depth = f"mode {summary.mode}: mean depth {summary.mean_depth:.1f} of {summary.n_layer} layers"
     if summary.mode == Mode.FULL.value:
         return [depth]
-    if summary.mode == Mode.VERIFIED.value:
+    if Mode(summary.mode).verifies:
         share = "" if summary.acceptance is None else f" ({summary.acceptance:.0%})"
-        return [f"{depth}, every token confirmed there, {summary.accepted} of {summary.drafted} drafts accepted{share}"]
+        drafts = f"{summary.accepted} of {summary.drafted} drafts accepted{share}"
+        if summary.mode == Mode.VERIFIED.value:
+            return [f"{depth}, every token confirmed there, {drafts}"]
+        changed = "" if summary.changed is None else f" ({summary.changed:.1%})"
+        relaxed = f"{summary.relaxed} of {summary.generated_tokens} tokens{changed}"
+        return [f"{depth}, {drafts}, {relaxed} are full depth's second choice"]
     if summary.disagreement is None:
         return [f"{depth}, {summary.exits} left early, none of them compared with full depth"]
     audits = f"{summary.disagreed} of {summary.audited} audited ({summary.disagreement:.0%})"

@@ -23,7 +23,17 @@ from .errors import EdgeError
 from .generate import checked_header
 from .memory import machine_memory
 from .models import DEMO_HINT, DEMO_MODEL, demo_model_path
-from .native import BINDINGS_VERSION, BUILD_HINT, Api, expected_abi, load, struct_sizes
+from .native import (
+    BINDINGS_VERSION,
+    BUILD_HINT,
+    Api,
+    available_kernels,
+    expected_abi,
+    kernel_weight_types,
+    load,
+    struct_sizes,
+    weight_bytes,
+)
 from .slices import default_threads
 
 _EDGE_FUNCTIONS = (
@@ -71,7 +81,7 @@ def examine(model: str | None) -> list[Check]:
         checks += _loaded_library(api)
     checks += [_threads(), _memory(), _demo_model()]
     if model is not None:
-        checks.append(_model(model))
+        checks += _model(model)
     return [*checks, _matplotlib(), *_build_tools()]
 
 
@@ -156,6 +166,19 @@ def _loaded_library(api: Api) -> Iterator[Check]:
     yield Check("structs", Status.PROBLEM if wrong else Status.OK, detail, BUILD_HINT)
     yield Check("architectures", Status.OK, ", ".join(api.supported_architectures))
     yield Check("cpu features", Status.OK, api.system_info)
+    yield _kernels(available_kernels())
+
+
+def _kernels(names: tuple[str, ...]) -> Check:
+    if not names:
+        return Check(
+            "kernels",
+            Status.OPTIONAL,
+            "stock: no edge kernels for this processor, or in this build",
+            "they need AVX2 with FMA and F16C, or a 64-bit ARM, and a build with GGML_EDGE_KERNELS",
+        )
+    others = f"; also {', '.join(names[1:])}" if names[1:] else ""
+    return Check("kernels", Status.OK, f"edge: {names[0]}{others}; for {', '.join(kernel_weight_types())}")
 
 
 def _threads() -> Check:
@@ -183,13 +206,21 @@ def _demo_model() -> Check:
     return Check("demo model", Status.OK, f"{DEMO_MODEL}: {path}")
 
 
-def _model(name: str) -> Check:
+def _model(name: str) -> Iterator[Check]:
     try:
         header = checked_header(name)
     except EdgeError as error:
-        return Check("model", Status.PROBLEM, error.message, error.hint)
+        yield Check("model", Status.PROBLEM, error.message, error.hint)
+        return
     size = f"{header.file_bytes / 2**20:.0f} MiB"
-    return Check("model", Status.OK, f"{header.path}: {header.architecture}, {header.n_layer} layers, {size}")
+    yield Check("model", Status.OK, f"{header.path}: {header.architecture}, {header.n_layer} layers, {size}")
+    names = available_kernels()
+    if names:
+        by_type = weight_bytes(header.path)
+        taken = sum(n for kind, n in by_type.items() if kind in kernel_weight_types())
+        others = ", ".join(sorted(set(by_type) - set(kernel_weight_types()) - {"f32"}))
+        detail = f"{names[0]} for {taken / max(1, sum(by_type.values())):.0%} of its weights"
+        yield Check("model kernels", Status.OK, detail + (f"; stock for {others}" if others else ""))
 
 
 def _matplotlib() -> Check:

@@ -24,7 +24,7 @@ import numpy as np
 
 from .draft import BoundaryView, DraftSource, Guess
 from .errors import PromptError, UsageError
-from .sampling import Sampler
+from .sampling import Sampler, is_close_second
 from .slices import Slice
 from .types import Audit, EngineSettings, EngineStats, Floats, Mode, Signals, Step, Thresholds
 
@@ -206,10 +206,10 @@ class Engine:
     # ── draft → settle → publish | verify ───────────────────────────────────────────────────────────────────────────
 
     def _next_steps(self) -> Iterator[Step]:
-        """Publish one token or, in mode verified, all that one settle confirms."""
+        """Publish one token or, where drafts are verified, all that one settle confirms."""
         self._recompute_newest()
         self._compute_long_prompt()
-        if self.settings.mode is Mode.VERIFIED:
+        if self.settings.mode.verifies:
             yield from self._verify(self._draft())
             return
         exit_ = self._descend()
@@ -250,7 +250,7 @@ class Engine:
         if n_waiting >= self.settings.cap or len(self.tokens) >= self.n_ctx:
             return limits  # a forced settle
         # before the first slice only verification makes a guess safe
-        limits[0] = math.inf if self._speaks[0] and self.settings.mode is Mode.VERIFIED else 0.0
+        limits[0] = math.inf if self._speaks[0] and self.settings.mode.verifies else 0.0
         for b, limit in enumerate(exit_below, start=1):
             limits[b] = limit if self._speaks[b] else 0.0
         return limits
@@ -268,7 +268,7 @@ class Engine:
         return self._source.guess(BoundaryView(b, self.tokens, hidden, logits))
 
     def _take(self, b: int, guess: Guess, asked: tuple[tuple[int, Signals], ...]) -> _Exit:
-        choose = self.sampler.draft if self.settings.mode is Mode.VERIFIED else self.sampler.sample
+        choose = self.sampler.draft if self.settings.mode.verifies else self.sampler.sample
         best = int(guess.logits.argmax())
         return _Exit(
             position=len(self.tokens),
@@ -291,7 +291,10 @@ class Engine:
         return Step(token, position, self._n_layer, signals=self._asked, audits=self._new_audits())
 
     def _verify(self, drafts: Sequence[_Exit]) -> Iterator[Step]:
-        """Settle the newest published token and its drafts; publish what full depth agrees with, and its own next."""
+        """Settle the newest published token and its drafts; publish what full depth agrees with, and its own next.
+
+        In mode margin it also agrees where it is undecided between its own choice and the draft.
+        """
         n_published = len(self.tokens) - len(drafts)
         rows = self._run(0, len(self.slices), range(n_published - 1, len(self.tokens)))
         del self.tokens[n_published:]
@@ -299,7 +302,10 @@ class Engine:
             self._last_state = None if state is None else (n_published - 1 + i, state)
             token = self.sampler.sample(logits)
             draft = drafts[i] if i < len(drafts) else None
-            accepted = draft is not None and draft.token == token
+            relaxed = draft is not None and draft.token != token and self._is_undecided(logits, draft.token)
+            accepted = draft is not None and (relaxed or draft.token == token)
+            if draft is not None and relaxed:
+                token = draft.token
             if not accepted:
                 self._forget(n_published + i)
                 self.stats.drafted += max(0, len(drafts) - i - 1)  # drafted behind a refused draft, in vain
@@ -312,10 +318,14 @@ class Engine:
                 signals=self._asked if draft is None else draft.signals,
                 drafted=draft is not None,
                 accepted=accepted,
+                relaxed=relaxed,
                 corrected=draft is not None and not accepted,
             )
             if not accepted:
                 return
+
+    def _is_undecided(self, logits: Floats, draft: int) -> bool:
+        return self.settings.mode is Mode.MARGIN and is_close_second(logits, draft, self.settings.theta)
 
     # ── slices, and what waits between them ─────────────────────────────────────────────────────────────────────────
 
@@ -450,5 +460,6 @@ class Engine:
         stats.by_depth[step.depth] = stats.by_depth.get(step.depth, 0) + 1
         stats.drafted += step.drafted
         stats.accepted += step.accepted
+        stats.relaxed += step.relaxed
         stats.audited += len(step.audits)
         stats.disagreed += sum(not a.agreed for a in step.audits)

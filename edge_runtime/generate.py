@@ -15,6 +15,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .batch_costs import BatchCosts, CostKey, kept_batch_costs, machine_name, measurable_sizes, measure_batch_costs
+from .cache import model_hash
 from .draft import DraftSource, SharedHead
 from .engine import Engine
 from .errors import ModelError, ModelUnreadableError, PromptError, UnsupportedModelError, UsageError
@@ -26,13 +28,15 @@ from .exits.split import split
 from .identity import identify
 from .memory import check_need, estimate_need, machine_memory
 from .models import DEMO_MODEL, find_model
-from .native import ContextOptions, KvType, Model, load, read_header
+from .native import ContextOptions, KvType, Model, library_hash, load, read_header
+from .ngram import NGrams
 from .sampling import Sampler
-from .slices import close_slices, open_slices
+from .slices import Slice, close_slices, default_threads, open_slices
 from .summary import Clock, Finish, Summary, copy_stats, number, rate, stats_since
 from .templates import ChatTemplate, Message
 from .text import Assembler
 from .types import (
+    DEFAULT_THETA,
     SIGNALS,
     EngineSettings,
     EngineStats,
@@ -48,6 +52,9 @@ DEFAULT_N_CTX = 2048
 # plain heads of a stock model are worth little before its last quarter, and only where they are quite sure
 _DEFAULT_SHARES = (0.75, 0.9)
 DEFAULT_THRESHOLD = 0.3
+DRAFTS = ("ngram", "heads")  # what proposes drafts: the text so far, or heads at boundaries
+DEFAULT_CAP = 8
+NGRAM_CAP = 15  # these drafts cost nothing to make, and long ones pay where a text is copied
 HEADS = ("pack", "shared")  # what guesses at a boundary: the exit pack's heads, or the model's own output head
 
 
@@ -57,7 +64,10 @@ class RunOptions:
 
     model: str = DEMO_MODEL
     mode: Mode = Mode.FULL
-    boundaries: tuple[int, ...] | None = None  # None: none in mode full, else the pack's, or a late split
+    draft: str | None = None  # one of DRAFTS, where drafts are verified; None: "heads" if anything of them is given
+    theta: float = DEFAULT_THETA  # mode margin: a second choice more than this times as likely as the first is accepted
+    # None: none in mode full and for n-grams, else the pack's, or a late split
+    boundaries: tuple[int, ...] | None = None
     # bounds on the signal's uncertainty, one for all boundaries or one for each; None: the pack's, or DEFAULT_THRESHOLD
     thresholds: tuple[float, ...] | None = None
     pack: str | None = None  # name or path of an exit pack
@@ -69,8 +79,9 @@ class RunOptions:
     n_threads: int = 0  # 0: all physical cores
     kv_type: KvType = KvType.F16
     flash_attention: bool | None = None  # None: llama.cpp decides
+    kernels: str = "edge"  # what multiplies weights, as `native.resolve_kernels` takes it; for good once loaded
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    cap: int = 8
+    cap: int | None = None  # None: NGRAM_CAP or DEFAULT_CAP
     audit_rate: float = 0.1
 
 
@@ -90,14 +101,20 @@ class Chunk:
 class Runtime:
     """A model opened in slices, and one conversation's KV cache. Not thread-safe."""
 
-    def __init__(self, options: RunOptions, note: Callable[[str], None] = lambda _text: None) -> None:
-        """Check, load and open; `note` gets warnings, before the slow part begins.
+    def __init__(
+        self,
+        options: RunOptions,
+        note: Callable[[str], None] = lambda _text: None,
+        say: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Check, load and open; `note` gets warnings, before the slow part begins, `say` what takes a while.
 
         Raises a ModelError, PackError, MemoryLimitError, UsageError or LibraryError, each before anything large is
         allocated.
         """
         self.header = checked_header(options.model)
-        self.asked, self._note = options, note
+        self.asked, self._note, self._say = options, note, say
+        _resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
         self._pack = _load_pack(options.pack, self.header)
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
         options = _resolve(options, self.header, n_ctx, self._pack, note)
@@ -106,7 +123,7 @@ class Runtime:
         check_memory(self.header, _context_options(options), n_slices, _n_outputs(options), note)
         self.options = options
         with ExitStack() as opened:
-            self.model = opened.enter_context(Model(self.header.path, header=self.header))
+            self.model = opened.enter_context(Model(self.header.path, header=self.header, kernels=options.kernels))
             if not self.model.has_tokenizer:
                 raise UnsupportedModelError(f"{self.header.path} has no tokenizer, so it cannot read text")
             template = ChatTemplate.of(self.model)
@@ -128,21 +145,23 @@ class Runtime:
     def _open(self, head_files: tuple[Path, ...]) -> None:
         options = self.options
         boundaries, thresholds = options.boundaries or (), _thresholds(options)
-        settings = EngineSettings(options.mode, options.cap, options.audit_rate, audit_seed=options.sampling.seed)
+        settings = _engine_settings(options)
         with ExitStack() as opened:
             slices = open_slices(self.model, boundaries, _context_options(options), n_outputs_max=_n_outputs(options))
             opened.callback(close_slices, slices)
             sampler = opened.enter_context(closing(Sampler(options.sampling, self.model.n_vocab)))
-            source = self._source(options, head_files)
+            source = self._source(options, head_files, slices)
             if isinstance(source, PackHeads):
                 opened.callback(source.close)
             self.engine = Engine(slices, sampler, settings, lambda: thresholds, source, n_ctx=options.n_ctx)
             self._opened = opened.pop_all()
 
-    def _source(self, options: RunOptions, head_files: tuple[Path, ...]) -> DraftSource | None:
-        """What guesses at boundaries."""
+    def _source(self, options: RunOptions, head_files: tuple[Path, ...], slices: Sequence[Slice]) -> DraftSource | None:
+        """What guesses at boundaries, or before the first of `slices`, whose caches are empty and stay so."""
         if options.mode is Mode.FULL:
             return None
+        if options.draft == "ngram":
+            return NGrams(self._batch_costs(options, slices))
         signal, pack = options.signal or "entropy", self._pack
         if not head_files or pack is None:
             return _shared_head(options, pack)
@@ -159,7 +178,28 @@ class Runtime:
             n_embd=self.header.n_embd,
             n_ctx=options.n_ctx,
             n_threads=options.n_threads,
+            kernels=self.model.kernels,
         )
+
+    def _batch_costs(self, options: RunOptions, slices: Sequence[Slice]) -> tuple[float, ...]:
+        """c(1), c(2), … for the largest batch that verifies drafts; measured, if they never were."""
+        n_rows = _n_outputs(options)
+        sizes = measurable_sizes(min(n_rows, slices[0].n_batch))
+        key = CostKey(
+            model_sha256=model_hash(Path(self.header.path)),
+            library=library_hash(),
+            n_threads=options.n_threads or default_threads(),
+            kv_type=options.kv_type.value,
+            flash_attention=options.flash_attention,
+            kernels=self.model.kernels,
+            machine=machine_name(),
+        )
+
+        def measure() -> BatchCosts:
+            self._say("measure the cost of small batches, once for this model and machine")
+            return measure_batch_costs(slices, sizes)
+
+        return kept_batch_costs(key, sizes, measure).up_to(n_rows)
 
     def reopen(self, options: RunOptions) -> None:
         """Go on with other options of the same model and pack; the KV cache starts empty.
@@ -264,11 +304,16 @@ class Runtime:
             drafted=stats.drafted,
             accepted=stats.accepted,
             acceptance=number(stats.acceptance),
+            relaxed=stats.relaxed,
+            changed=number(stats.changed),
             audited=stats.audited,
             disagreed=stats.disagreed,
             disagreement=number(stats.disagreement),
             seed=options.sampling.seed,
             pack=self._pack.name if self._pack else None,
+            kernels=self.model.kernels,
+            draft=options.draft,
+            theta=options.theta if options.mode is Mode.MARGIN else None,
             head=None if options.mode is Mode.FULL else options.head,
             signal=None if options.mode is Mode.FULL else options.signal,
         )
@@ -352,8 +397,14 @@ def _resolve(
     options: RunOptions, header: ModelHeader, n_ctx: int, pack: ExitPack | None, note: Callable[[str], None]
 ) -> RunOptions:
     """Fill in what depends on the model and the pack, and check all that can be checked without loading them."""
+    draft = _resolved_draft(options)
+    cap = (NGRAM_CAP if draft == "ngram" else DEFAULT_CAP) if options.cap is None else options.cap
+    options = dataclasses.replace(options, n_ctx=n_ctx, draft=draft, cap=cap)
+    _engine_settings(options)  # refuses what is out of range
+    if draft == "ngram":
+        return dataclasses.replace(options, boundaries=(), thresholds=())
     own = pack is not None and not pack.shared
-    options = dataclasses.replace(options, n_ctx=n_ctx, head=options.head or ("pack" if own else "shared"))
+    options = dataclasses.replace(options, head=options.head or ("pack" if own else "shared"))
     if options.boundaries is not None:
         check_boundaries(options.boundaries, header.n_layer)
     _check_choices(options, pack)
@@ -372,6 +423,20 @@ def _resolve(
     if options.mode is not Mode.FULL and not options.boundaries:
         raise UsageError(f"mode {options.mode.value} needs a boundary to leave at", "give --boundaries")
     return options
+
+
+def _resolved_draft(options: RunOptions) -> str | None:
+    """What proposes drafts; None in modes without. Raises UsageError for choices that exclude each other."""
+    if not options.mode.verifies:
+        return None
+    if options.draft not in (None, *DRAFTS):
+        raise UsageError(f"there are no drafts '{options.draft}'", f"there are {', '.join(DRAFTS)}")
+    of_heads = ("pack", "head", "boundaries", "signal", "thresholds", "max_disagreement")
+    given = [name for name in of_heads if getattr(options, name) is not None]
+    if options.draft == "ngram" and given:
+        name = given[0].replace("thresholds", "threshold").replace("_", "-")
+        raise UsageError(f"--{name} means nothing with --draft ngram: it is for heads", "drop one of the two")
+    return options.draft or ("heads" if given else "ngram")
 
 
 def _check_choices(options: RunOptions, pack: ExitPack | None) -> None:
@@ -444,6 +509,12 @@ def _context_options(options: RunOptions) -> ContextOptions:
     )
 
 
+def _engine_settings(options: RunOptions) -> EngineSettings:
+    """Raises UsageError for settings out of range."""
+    cap = DEFAULT_CAP if options.cap is None else options.cap
+    return EngineSettings(options.mode, cap, options.audit_rate, options.sampling.seed, options.theta)
+
+
 def _n_outputs(options: RunOptions) -> int:
     """Rows of logits the last slice gives: verifying and auditing need one per waiting token and one more."""
-    return 1 if options.mode is Mode.FULL else options.cap + 1
+    return 1 if options.mode is Mode.FULL else _engine_settings(options).cap + 1

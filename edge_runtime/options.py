@@ -41,9 +41,28 @@ class RunArguments:
 
     model: ModelOption = DEMO_MODEL
     mode: Annotated[
-        Literal["full", "exit", "verified"],
-        typer.Option(help="full: every layer. exit: sure tokens leave early. verified: drafts, checked at full depth."),
+        Literal["full", "exit", "verified", "margin"],
+        typer.Option(
+            help="full: every layer. exit: sure tokens leave early. verified: drafts, checked at full depth. margin: "
+            "as verified, but where full depth is undecided its second choice may stand."
+        ),
     ] = "full"
+    draft: Annotated[
+        Literal["ngram", "heads"] | None,
+        typer.Option(
+            help="What proposes drafts, in modes verified and margin. ngram: the text so far. heads: guesses at "
+            "boundaries.",
+            show_default="ngram; heads if any of their options is given",
+        ),
+    ] = None
+    theta: Annotated[
+        float | None,
+        typer.Option(
+            help="In mode margin: a second choice stands if it is more than this times as likely as the first.",
+            show_default="0.9",
+            metavar="RATIO",
+        ),
+    ] = None
     boundaries: BoundariesOption = None
     threshold: Annotated[
         str | None,
@@ -76,7 +95,15 @@ class RunArguments:
             metavar="SHARE",
         ),
     ] = None
-    cap: Annotated[int, typer.Option(min=1, max=1024, help="Exited tokens that may wait for their other layers.")] = 8
+    cap: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Exited tokens, or drafts, that may wait for their other layers.",
+            show_default="8; 15 with n-grams",
+        ),
+    ] = None
     audit_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of exits compared with full depth, in mode exit.")
     ] = 0.1
@@ -100,6 +127,13 @@ class RunArguments:
     flash_attn: Annotated[
         bool | None, typer.Option("--flash-attn/--no-flash-attn", help="Flash attention.", show_default="if it can")
     ] = None
+    kernels: Annotated[
+        Literal["edge", "stock"],
+        typer.Option(
+            help="What multiplies weights. edge: a token's sums are the same in every batch, and small batches cost "
+            "little more than one token. stock: llama.cpp's own."
+        ),
+    ] = "edge"
     show_exits: Annotated[bool, typer.Option("--show-exits", help="Mark each token with the depth it is from.")] = False
     quiet: QuietOption = False
     verbose: VerboseOption = False
@@ -136,17 +170,21 @@ def run_options(arguments: RunArguments) -> RunOptions:
     """What the runtime is to do. Raises UsageError for values that cannot be meant."""
     from .generate import RunOptions
     from .native import KvType
-    from .types import Mode, SamplingSettings
+    from .types import DEFAULT_THETA, Mode, SamplingSettings
 
     mode = Mode(arguments.mode)
     for name in ("threshold", "head", "signal", "max_disagreement"):
         if mode is Mode.FULL and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} means nothing in mode full", "add --mode exit or --mode verified")
-    if arguments.max_disagreement is not None and mode is Mode.VERIFIED:
+    if arguments.max_disagreement is not None and mode.verifies:
         raise UsageError(
-            "--max-disagreement means nothing in mode verified: full depth agrees with all of it", "drop it"
+            f"--max-disagreement means nothing in mode {mode.value}: full depth is asked about all of it", "drop it"
         )
+    if arguments.draft is not None and not mode.verifies:
+        raise UsageError(f"--draft means nothing in mode {mode.value}", "add --mode verified or --mode margin")
+    if arguments.theta is not None and mode is not Mode.MARGIN:
+        raise UsageError(f"--theta means nothing in mode {mode.value}", "add --mode margin")
     seed = arguments.seed
     if seed is None:
         # greedy choices need none; a random one is reported, so that the run can be repeated
@@ -154,6 +192,8 @@ def run_options(arguments: RunArguments) -> RunOptions:
     return RunOptions(
         model=arguments.model,
         mode=mode,
+        draft=arguments.draft,
+        theta=DEFAULT_THETA if arguments.theta is None else arguments.theta,
         boundaries=parse_boundaries(arguments.boundaries),
         thresholds=None if arguments.threshold is None else parse_thresholds(arguments.threshold),
         pack=arguments.pack,
@@ -165,6 +205,7 @@ def run_options(arguments: RunArguments) -> RunOptions:
         n_threads=arguments.threads,
         kv_type=KvType(arguments.kv_type),
         flash_attention=arguments.flash_attn,
+        kernels=arguments.kernels,
         sampling=SamplingSettings(
             temperature=arguments.temperature,
             top_k=arguments.top_k,

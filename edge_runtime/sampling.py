@@ -1,8 +1,11 @@
-"""Logits → token, through llama.cpp's samplers."""
+"""Logits → token, through llama.cpp's samplers; and whether another token would nearly have been it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from .native import Candidates, SamplerChain
 from .types import Floats, SamplingSettings, TokenIds
@@ -72,3 +75,18 @@ class Sampler:
         self._chain.close()
         if self._draft_chain is not None:
             self._draft_chain.close()
+
+
+def is_close_second(logits: Floats, token: int, theta: float) -> bool:
+    """Whether `token` is the second choice by `logits` (n_vocab,) and more than `theta` times as likely as the first.
+
+    The rule of MARS (arXiv 2601.15498), by the ratio of probabilities, exp(l₂ − l₁). The paper's ratio of raw logits
+    is not shift-invariant: a constant added to all logits leaves the distribution as it is and changes that ratio, and
+    where logits are negative the order turns around. With sampling, too, these are full depth's own logits, before
+    temperature, penalties and cuts: a draft that they put second is accepted, whichever other token was drawn. Two
+    first choices of the same logit have the ratio 1, and theta 1 accepts none.
+    """
+    best = int(logits.argmax())
+    if token == best or not math.exp(float(logits[token]) - float(logits[best])) > theta:
+        return False
+    return int(np.count_nonzero(logits > logits[token])) <= 1

@@ -52,6 +52,11 @@ class Summary:
     disagreed: int
     disagreement: float | None  # disagreed ÷ audited
     seed: int
+    kernels: str = "stock"  # what multiplied the weights: stock, or the edge kernels' instruction set
+    relaxed: int = 0  # tokens that full depth would have chosen otherwise: mode margin
+    changed: float | None = None  # relaxed ÷ generated
+    theta: float | None = None  # mode margin: how close a second choice had to be
+    draft: str | None = None  # what proposed drafts: the text so far ("ngram") or heads
     pack: str | None = None  # name of the exit pack
     head: str | None = None  # what guessed at boundaries: the pack's heads, or the model's own output head ("shared")
     signal: str | None = None  # what decided whether a token left

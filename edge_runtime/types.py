@@ -15,6 +15,10 @@ from .errors import BoundaryError, UsageError
 Floats: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int32]
 
+DEFAULT_THETA = (
+    0.9  # how likely, beside full depth's first choice, a second choice must be for mode margin to accept it
+)
+
 
 class Mode(str, Enum):
     """What becomes of a token that left the network early."""
@@ -22,6 +26,12 @@ class Mode(str, Enum):
     FULL = "full"  # no token leaves early: stock llama.cpp
     EXIT = "exit"  # published at once; its missing layers are computed later
     VERIFIED = "verified"  # a draft, published only if full depth agrees: lossless
+    MARGIN = "margin"  # … or if it is full depth's second choice and nearly as likely as its first (MARS)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether what left early is a draft that full depth is asked about before anyone sees it."""
+        return self in (Mode.VERIFIED, Mode.MARGIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +104,8 @@ class Step:
     boundary: int | None = None  # layer after which it left, 0 if guessed before the first; None: full depth
     signals: tuple[tuple[int, Signals], ...] = ()  # (layer, signals) of each boundary asked on the way
     drafted: bool = False  # a draft was verified for this position
-    accepted: bool = False  # … and full depth agreed
+    accepted: bool = False  # … and full depth agreed, or was undecided
+    relaxed: bool = False  # … it chose another token, and was undecided; `token` is the draft
     corrected: bool = False  # … and full depth said otherwise; `token` is full depth's
     audits: tuple[Audit, ...] = ()  # earlier exits whose truth became known with this step
 
@@ -135,12 +146,20 @@ class EngineSettings:
     cap: int = 8
     audit_rate: float = 0.1  # share of exits compared with full depth in mode exit
     audit_seed: int = 0
+    theta: float = (
+        DEFAULT_THETA  # mode margin: a second choice is accepted if it is more than this times as likely as the first
+    )
 
     def __post_init__(self) -> None:
         if self.cap < 1:
             raise UsageError(f"cap {self.cap} is too small", "at least 1 token must be able to wait")
         if not 0 <= self.audit_rate <= 1:
             raise UsageError(f"audit rate {self.audit_rate} is not a share", "allowed: from 0 to 1")
+        if not 0 < self.theta <= 1:
+            raise UsageError(
+                f"theta {self.theta} is no ratio of a second choice's probability to the first's",
+                "allowed: above 0, at most 1, which accepts no second choice",
+            )
 
 
 @dataclass(slots=True)
@@ -151,6 +170,7 @@ class EngineStats:
     exits: int = 0  # published tokens that left early, confirmed drafts among them
     drafted: int = 0  # drafts sent to verification
     accepted: int = 0
+    relaxed: int = 0  # accepted although full depth chose another token
     audited: int = 0
     disagreed: int = 0
     settles: int = 0  # batches through the last slice, prompts included
@@ -164,8 +184,13 @@ class EngineStats:
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that full depth agreed with; NaN without drafts."""
+        """Share of drafted tokens that were accepted; NaN without drafts."""
         return self.accepted / self.drafted if self.drafted else math.nan
+
+    @property
+    def changed(self) -> float:
+        """Share of published tokens that full depth would have chosen otherwise (mode margin); NaN before the first."""
+        return self.relaxed / self.published if self.published else math.nan
 
     @property
     def disagreement(self) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
-from edge_runtime import chat
+from edge_runtime import chat, generate
+from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.chat import ChatSession, Conversation
 from edge_runtime.errors import PromptError, UsageError
 from edge_runtime.generate import Runtime
@@ -21,6 +23,13 @@ from .conftest import TinyMaker
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
     return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What batches cost is kept there, of models that are gone after the test."""
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -125,6 +134,25 @@ def test_commands(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> N
     assert session.runtime.options.mode.value == "verified"
     assert session.take("")
     assert not session.take("/quit")
+
+
+def test_modes_with_drafts_of_the_text_so_far(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.0)))
+    question = "one two three one two three one two"
+    answers = []
+    for mode in ("full", "verified", "margin"):
+        session.take(f"/mode {mode}")
+        session.take(question)
+        session.take(question)
+        answers.append([m.content for m in session.conversation.turns])
+        session.take("/stats")
+        session.take("/reset")
+    assert answers[0] == answers[1]
+    assert "drafts accepted" in capsys.readouterr().err
+    session.take("/mode exit")  # heads at their usual places
+    assert len(session.runtime.options.boundaries or ()) == 2
 
 
 @pytest.mark.parametrize("line", ["/nonsense", "/mode", "/mode fast"])

@@ -24,6 +24,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return runner(capsys, monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What batches cost is kept there, of models that are gone after the test."""
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def model(tiny_path: TinyMaker) -> tuple[object, ...]:
     """Options that name a tiny model which answers the prompt `hello` at length."""
@@ -95,7 +102,7 @@ def test_a_prompt_from_argument_file_and_pipe_is_the_same(
     assert answers[0].code == 0
 
 
-@pytest.mark.parametrize("mode", ["full", "exit", "verified"])
+@pytest.mark.parametrize("mode", ["full", "exit", "verified", "margin"])
 def test_json_is_one_object_per_token_and_a_summary(run: RunCli, model: tuple[object, ...], mode: str) -> None:
     early = () if mode == "full" else ("--mode", mode, "--threshold", "inf", "--boundaries", "2,5")
     result = run("generate", *model, "-n", 12, "--json", *early, "hello")
@@ -105,18 +112,39 @@ def test_json_is_one_object_per_token_and_a_summary(run: RunCli, model: tuple[ob
     assert len(tokens) == summary["generated_tokens"]
     assert summary["mode"] == mode
     assert all(set(t) == set(tokens[0]) for t in tokens)
-    assert {"token", "text", "position", "depth", "boundary", "signals", "drafted", "audits"} <= set(tokens[0])
+    assert {"token", "text", "position", "depth", "boundary", "signals", "drafted", "relaxed", "audits"} <= set(
+        tokens[0]
+    )
     text = run("generate", *model, "-n", 12, "--quiet", *early, "hello").out
     assert "".join(t["text"] for t in tokens).rstrip("\n") == text.rstrip("\n")
 
 
-@pytest.mark.parametrize("mode", ["exit", "verified"])
+@pytest.mark.parametrize("mode", ["exit", "verified", "margin"])
 def test_exits_are_shown_with_a_legend(run: RunCli, model: tuple[object, ...], mode: str) -> None:
     early = ("--mode", mode, "--threshold", "inf", "--boundaries", "2,5", "--show-exits")
     result = run("generate", *model, "-n", 12, *early, "hello")
     sign = "⌄" if mode == "exit" else "✗"
     assert sign in result.out
     assert sign in result.err
+
+
+def test_drafts_of_the_text_so_far(run: RunCli, model: tuple[object, ...]) -> None:
+    """The default of mode verified; its note comes once, and not with --quiet."""
+    options = ("generate", *model, "-n", 12, "--raw", "one two three one two three one two")
+    full = run(*options, "--quiet")
+    for arguments in (("--quiet",), (), ("--draft", "ngram")):
+        result = run(*options, "--mode", "verified", *arguments)
+        assert_clean(result, 0)
+        assert result.out == full.out
+    assert "warning" not in result.err
+    shown = run(*options, "--mode", "margin", "--theta", 0.01, "--show-exits", "--cap", 3)
+    assert_clean(shown, 0)
+    assert "✓ drafted by the text so far and accepted" in shown.err
+    assert "full depth's second choice" in shown.err
+    *_, last = [json.loads(line) for line in run(*options, "--mode", "margin", "--json").out.splitlines()]
+    summary = last["summary"]
+    assert (summary["draft"], summary["theta"], summary["boundaries"]) == ("ngram", 0.9, [])
+    assert summary["changed"] == summary["relaxed"] / 12
 
 
 def test_a_seed_is_reported_so_that_the_run_can_be_repeated(run: RunCli, model: tuple[object, ...]) -> None:
@@ -152,6 +180,17 @@ def test_the_context_can_be_filled_to_its_end(run: RunCli, model: tuple[object, 
         (("--mode", "exit", "--threshold", "low"), "threshold 'low' is not a number"),
         (("--mode", "exit", "--threshold", "1,2,3"), "3 thresholds were given for 2 boundaries"),
         (("--threshold", "1"), "means nothing in mode full"),
+        (("--draft", "ngram"), "--draft means nothing in mode full"),
+        (("--mode", "exit", "--draft", "heads"), "--draft means nothing in mode exit"),
+        (("--theta", "0.5"), "--theta means nothing in mode full"),
+        (("--mode", "verified", "--theta", "0.5"), "--theta means nothing in mode verified"),
+        (("--mode", "margin", "--theta", "0"), "theta 0.0 is no ratio"),
+        (("--mode", "margin", "--theta", "nan"), "theta nan is no ratio"),
+        (("--mode", "verified", "--draft", "ngram", "--pack", "x"), "--pack means nothing with --draft ngram"),
+        (
+            ("--mode", "margin", "--draft", "ngram", "--boundaries", "3"),
+            "--boundaries means nothing with --draft ngram",
+        ),
         (("--audit-rate", "nan"), "--audit-rate"),
         (("--temperature", "nan"), "temperature nan"),
         (("--ctx", "16"), "the context holds 16"),
@@ -276,7 +315,7 @@ def test_ctrl_c_before_the_first_token(model: tuple[object, ...], script: str) -
     assert result.out.strip() == ""
 
 
-@pytest.mark.parametrize("mode", ["full", "exit", "verified"])
+@pytest.mark.parametrize("mode", ["full", "exit", "verified", "margin"])
 def test_ctrl_c_during_an_answer_keeps_what_there_is(model: tuple[object, ...], mode: str) -> None:
     process = start(program("generate", *model, *LONG, "--mode", mode, "hello"))
     assert process.stdout is not None

@@ -16,6 +16,8 @@ from edge_runtime.types import Mode, Step
 FULL = Step(token=1, position=5, depth=30)
 LEFT = Step(token=1, position=5, depth=16, boundary=16)
 ACCEPTED = Step(token=1, position=5, depth=16, boundary=16, drafted=True, accepted=True)
+RELAXED = Step(token=1, position=5, depth=30, boundary=16, drafted=True, accepted=True, relaxed=True)
+COPIED = Step(token=1, position=5, depth=30, boundary=0, drafted=True, accepted=True)
 CORRECTED = Step(token=1, position=5, depth=30, drafted=True, corrected=True)
 
 
@@ -30,6 +32,9 @@ def painter(mode: Mode = Mode.EXIT, *, colour: bool = False, unicode: bool = Tru
         (LEFT, Mode.EXIT, " fox⌄16"),
         (ACCEPTED, Mode.VERIFIED, " fox✓16"),
         (CORRECTED, Mode.VERIFIED, " fox✗"),
+        (ACCEPTED, Mode.MARGIN, " fox✓16"),
+        (RELAXED, Mode.MARGIN, " fox≈"),
+        (CORRECTED, Mode.MARGIN, " fox✗"),
     ],
 )
 def test_marks_can_be_read_without_colour(step: Step, mode: Mode, shown: str) -> None:
@@ -39,7 +44,15 @@ def test_marks_can_be_read_without_colour(step: Step, mode: Mode, shown: str) ->
 
 def test_marks_exist_for_terminals_without_unicode() -> None:
     assert painter(unicode=False).paint(Chunk("a", LEFT)) == "a^16"
-    assert painter(Mode.VERIFIED, unicode=False).legend().isascii()
+    assert painter(Mode.MARGIN, unicode=False).legend().isascii()
+    assert painter(Mode.MARGIN, unicode=False).paint(Chunk("a", RELAXED)) == "a~"
+
+
+def test_drafts_of_the_text_so_far_have_no_layer() -> None:
+    plain = ExitPainter(Mode.VERIFIED, (), 30, colour=False, unicode=True)
+    assert plain.paint(Chunk("a", COPIED)) == "a✓"
+    assert plain.legend().startswith("✓ drafted by the text so far and accepted; ✗")
+    assert "✓" not in ExitPainter(Mode.FULL, (), 30, colour=False, unicode=True).legend()
 
 
 def test_a_mark_stands_before_a_line_end() -> None:
@@ -53,8 +66,8 @@ def test_a_token_without_text_has_no_mark() -> None:
 
 def test_colours_differ_by_boundary_and_outcome() -> None:
     colours = {painter(colour=True).paint(Chunk("a", Step(1, 5, d, boundary=d))) for d in (8, 16)}
-    colours |= {painter(Mode.VERIFIED, colour=True).paint(Chunk("a", CORRECTED))}
-    assert len(colours) == 3
+    colours |= {painter(Mode.MARGIN, colour=True).paint(Chunk("a", step)) for step in (CORRECTED, RELAXED)}
+    assert len(colours) == 4
     assert painter(colour=True).paint(Chunk("a", FULL)) == "a"
     before_the_first_layer = Step(1, 5, 0, boundary=0, drafted=True, accepted=True)
     assert "a" in painter(Mode.VERIFIED, colour=True).paint(Chunk("a", before_the_first_layer))
@@ -103,6 +116,10 @@ def test_a_plain_answer_has_its_speed_and_depth() -> None:
 def test_acceptance_and_disagreement_come_with_their_counts() -> None:
     verified = summary(mode="verified", drafted=8, accepted=6, acceptance=0.75, mean_depth=20.0)
     assert footer(verified, seeded=False)[1].endswith("6 of 8 drafts accepted (75%)")
+    margin = summary(mode="margin", drafted=8, accepted=6, acceptance=0.75, relaxed=1, changed=0.2)
+    assert footer(margin, seeded=False)[1].endswith(
+        "6 of 8 drafts accepted (75%), 1 of 5 tokens (20.0%) are full depth's second choice"
+    )
     audited = summary(mode="exit", exits=9, audited=4, disagreed=1, disagreement=0.25)
     assert footer(audited, seeded=False)[1].endswith("9 left early, full depth disagreed with 1 of 4 audited (25%)")
     assert "none of them compared" in footer(summary(mode="exit", exits=9), seeded=False)[1]

@@ -24,6 +24,7 @@ from .fakes import FakeSlice, GreedySampler, Interrupted, fake_slices, oracle_lo
 
 N_LAYER = 6
 PROMPT = [3, 1, 4, 1, 5]
+LOSSLESS = (Mode.FULL, Mode.VERIFIED)
 
 
 def make_engine(
@@ -38,12 +39,13 @@ def make_engine(
     n_ctx: int | None = None,
     noisy: bool = False,
     last_hidden: bool = False,
+    theta: float = 0.9,
 ) -> tuple[Engine, list[FakeSlice]]:
     slices = fake_slices(boundaries, N_LAYER, n_batch=n_batch, n_outputs_max=cap + 1, last_hidden=last_hidden)
     engine = Engine(
         cast(list[Slice], slices),
         cast(Sampler, GreedySampler(noisy)),
-        EngineSettings(mode=mode, cap=cap, audit_rate=audit_rate),
+        EngineSettings(mode=mode, cap=cap, audit_rate=audit_rate, theta=theta),
         thresholds if callable(thresholds) else cycling([(thresholds,) * len(boundaries)]),
         source or SharedHead(),
         n_ctx=n_ctx,
@@ -188,6 +190,87 @@ def test_a_source_before_the_first_slice_sees_the_last_state_of_settled_text_onl
             seen += 1
             assert view.hidden.tolist() == oracle_states(view.tokens[:-1], N_LAYER)[-1]
     assert seen >= 3
+
+
+# ── mode margin ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ranked(text: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Full depth's tokens, likeliest first, and their probabilities."""
+    logits = oracle_logits(text, N_LAYER).astype(float)
+    shares = np.exp(logits) / np.exp(logits).sum()
+    order = [int(i) for i in np.argsort(-shares, kind="stable")]
+    return order, [float(shares[i]) for i in order]
+
+
+def slow_margin_run(
+    prompt: Sequence[int], n: int, draft: Callable[[Sequence[int]], int | None], cap: int, theta: float, noisy: bool
+) -> list[tuple[int, bool, bool, bool]]:
+    """(token, drafted, accepted, relaxed) of every published token, by the rule as it is written."""
+    sampler, text, settled = GreedySampler(noisy), list(prompt), 0
+    published: list[tuple[int, bool, bool, bool]] = []
+    while len(published) < n:
+        drafts: list[int] = []
+        while len(text) + len(drafts) - 1 - settled < cap and (token := draft(text + drafts)) is not None:
+            drafts.append(token)
+        for guess in [*drafts, None]:
+            sampler.history = list(text)
+            chosen = sampler.sample(oracle_logits(text, N_LAYER))
+            (_, second, *_), (p1, p2, *_) = ranked(text)
+            relaxed = guess is not None and guess != chosen and guess == second and p2 / p1 > theta
+            accepted = guess is not None and (guess == chosen or relaxed)
+            text.append(guess if guess is not None and accepted else chosen)
+            published.append((text[-1], guess is not None, accepted, relaxed))
+            settled = len(text) - 1
+            if not accepted:
+                break
+    return published[:n]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    boundary=st.integers(0, 2),
+    ranks=st.lists(st.sampled_from([0, 0, 1, 1, 2, None]), min_size=1, max_size=9),
+    theta=st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]),
+    cap=st.integers(1, 7),
+    noisy=st.booleans(),
+    n=st.integers(1, 25),
+)
+def test_margin_publishes_what_the_rule_says(
+    boundary: int, ranks: list[int | None], theta: float, cap: int, noisy: bool, n: int
+) -> None:
+    def draft(text: Sequence[int]) -> int | None:
+        rank = ranks[len(text) % len(ranks)]
+        return None if rank is None else ranked(text)[0][rank]
+
+    engine, slices = make_engine(Mode.MARGIN, source=Scripted(boundary, draft), cap=cap, noisy=noisy, theta=theta)
+    engine.extend(PROMPT)
+    steps = list(engine.generate(n))
+    expected = slow_margin_run(PROMPT, n, draft, cap, theta, noisy)
+    assert [(s.token, s.drafted, s.accepted, s.relaxed) for s in steps] == expected
+    assert all(s.corrected == (s.drafted and not s.accepted) for s in steps)
+    assert all((s.boundary is not None) == s.accepted for s in steps)
+    assert engine.stats.relaxed == sum(s.relaxed for s in steps)
+    assert engine.stats.accepted == sum(s.accepted for s in steps)
+    assert engine.stats.changed == engine.stats.relaxed / n
+    assert_caches_exact(engine, slices)
+
+
+def second_choice(text: Sequence[int]) -> int:
+    return ranked(text)[0][1]
+
+
+def test_a_second_choice_stands_only_where_it_is_close_and_only_in_mode_margin() -> None:
+    changed = {}
+    for mode, theta in [(Mode.VERIFIED, 0.01), (Mode.MARGIN, 1.0), (Mode.MARGIN, 0.9), (Mode.MARGIN, 0.01)]:
+        engine, slices = make_engine(mode, source=Scripted(1, second_choice), theta=theta)
+        engine.extend(PROMPT)
+        tokens = [s.token for s in engine.generate(40)]
+        changed[mode, theta] = engine.stats.relaxed
+        assert (tokens == full_depth(PROMPT, 40)) == (not engine.stats.relaxed)
+        assert_caches_exact(engine, slices)
+    assert changed[Mode.VERIFIED, 0.01] == changed[Mode.MARGIN, 1.0] == 0
+    assert 0 < changed[Mode.MARGIN, 0.9] < changed[Mode.MARGIN, 0.01] <= 40
 
 
 # ── mode exit ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -399,7 +482,7 @@ def test_whatever_is_done_to_it_the_caches_stay_exact(
     if engine.tokens:
         assert_caches_exact(engine, slices)
         assert cast(GreedySampler, engine.sampler).history == engine.tokens
-        if mode is not Mode.EXIT:
+        if mode in LOSSLESS:
             text = list(engine.tokens)
             assert [s.token for s in engine.generate(6)] == full_depth(text, 6)
 
@@ -617,7 +700,7 @@ def test_audits_of_a_settle_come_with_the_next_step_whatever_it_is() -> None:
     assert [a.position for a in step.audits] == [6, 7, 8]
 
 
-@pytest.mark.parametrize("mode", [Mode.EXIT, Mode.VERIFIED])
+@pytest.mark.parametrize("mode", [Mode.EXIT, Mode.VERIFIED, Mode.MARGIN])
 def test_more_may_wait_than_goes_through_at_once(mode: Mode) -> None:
     source = AllKnowing()
     engine, slices = make_engine(mode, (2,), source=source, cap=10, n_batch=3)
@@ -744,7 +827,7 @@ def test_an_interrupted_settle_can_be_repeated(mode: Mode, which: int, after: in
         engine.settle()
     assert len(engine.tokens) == 15
     assert_caches_exact(engine, slices)
-    if mode is not Mode.EXIT:
+    if mode in LOSSLESS:
         assert [s.token for s in engine.generate(3)] == full_depth(engine.tokens[:15], 3)
 
 

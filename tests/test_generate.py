@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import generate
+from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.errors import BoundaryError, MemoryLimitError, ModelError, PromptError, UsageError
 from edge_runtime.generate import Chunk, RunOptions, Runtime, common_prefix, default_boundaries
 from edge_runtime.memory import MachineMemory
@@ -21,6 +22,13 @@ from edge_runtime.types import Mode, SamplingSettings
 from .conftest import TinyMaker
 
 PROMPT = "Once upon"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What batches cost is kept there, of models that are gone after the test."""
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -47,6 +55,87 @@ def test_verified_publishes_what_full_depth_does(options: RunOptions, runtime: R
     verified = dataclasses.replace(options, mode=Mode.VERIFIED, boundaries=(2, 5), thresholds=(threshold,))
     with Runtime(verified) as other:
         assert tokens_of(run(other)) == tokens_of(run(runtime))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("cheap", [True, False])
+def test_ngrams_publish_what_full_depth_does(
+    options: RunOptions, temperature: float, cheap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over turns that share a beginning, and after an answer that was stopped in the middle of a draft."""
+    costs = BatchCosts((1, 16), (1.0, 1.0 if cheap else 16.0))
+    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: costs)
+    options = dataclasses.replace(options, sampling=SamplingSettings(temperature=temperature, top_k=2, seed=5))
+    text = "one two three one two three one two three one two"
+    found = []
+    for mode in (Mode.FULL, Mode.VERIFIED):
+        with Runtime(dataclasses.replace(options, mode=mode)) as runtime:
+            first = run(runtime, text, 60)
+            longer = runtime.engine.tokens + runtime.text_tokens(" one two three one")
+            again = list(runtime.stream(longer, 30))
+            with closing(runtime.stream(runtime.text_tokens(text), 30)) as chunks:
+                stopped = [next(chunks) for _ in range(7)]
+            found.append([tokens_of(first), tokens_of(again), tokens_of(stopped), tokens_of(run(runtime, text, 20))])
+            stats = runtime.engine.stats
+    assert found[0] == found[1]
+    assert (stats.drafted > 20) == cheap
+    assert runtime.summary.draft == "ngram"
+    assert (runtime.summary.head, runtime.summary.signal, runtime.summary.boundaries) == (None, None, ())
+
+
+def test_costs_of_batches_are_measured_once_and_the_cache_is_empty_afterwards(options: RunOptions) -> None:
+    said: list[str] = []
+    verified = dataclasses.replace(options, mode=Mode.VERIFIED)
+    with Runtime(verified, say=said.append) as runtime:
+        assert runtime.engine.slices[0].last_position() == -1
+        assert len(said) == 1
+        assert "cost of small batches" in said[0]
+        assert runtime.options.cap == 15
+        assert runtime.engine.slices[0].n_outputs_max == 16
+        runtime.reopen(dataclasses.replace(runtime.asked, mode=Mode.FULL))
+        runtime.reopen(dataclasses.replace(runtime.asked, mode=Mode.EXIT))
+        assert runtime.options.cap == 8
+    for heads in (dataclasses.replace(verified, draft="heads"), dataclasses.replace(verified, boundaries=(3,))):
+        with Runtime(heads, say=said.append) as runtime:
+            assert (runtime.options.cap, runtime.summary.draft, runtime.summary.head) == (8, "heads", "shared")
+            assert runtime.options.boundaries
+    assert len(said) <= 2  # twice if the machine was too busy to believe the first time
+    with Runtime(dataclasses.replace(verified, cap=2, n_batch=2)) as runtime:
+        assert tokens_of(run(runtime))
+
+
+def test_margin_counts_what_it_changes(options: RunOptions, runtime: Runtime) -> None:
+    changes = {"boundaries": (5,), "thresholds": (float("inf"),), "mode": Mode.MARGIN}
+    with Runtime(dataclasses.replace(options, theta=1.0, **changes)) as same:  # type: ignore[arg-type]
+        assert tokens_of(run(same, n=60)) == tokens_of(run(runtime, n=60))
+        assert (same.summary.relaxed, same.summary.changed, same.summary.theta) == (0, 0.0, 1.0)
+    with Runtime(dataclasses.replace(options, theta=0.01, **changes)) as other:  # type: ignore[arg-type]
+        chunks = run(other, n=60)
+        assert other.summary.relaxed == sum(c.step.relaxed for c in chunks) > 0
+        assert other.summary.changed == other.summary.relaxed / 60
+        assert other.summary.accepted >= other.summary.relaxed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft": "guesses"}, "no drafts 'guesses'"),
+        ({"draft": "ngram", "boundaries": (3,)}, "--boundaries means nothing with --draft ngram"),
+        ({"draft": "ngram", "thresholds": (1.0,)}, "--threshold means nothing with --draft ngram"),
+        ({"draft": "ngram", "head": "shared"}, "--head means nothing with --draft ngram"),
+        ({"draft": "ngram", "signal": "top1"}, "--signal means nothing with --draft ngram"),
+        ({"theta": 0.0}, "theta 0.0"),
+        ({"theta": 1.5}, "theta 1.5"),
+        ({"cap": 0}, "cap 0"),
+    ],
+)
+def test_drafts_that_cannot_be_meant(
+    options: RunOptions, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "Model", None)  # found before anything large is loaded
+    with pytest.raises(UsageError, match=message) as failure:
+        Runtime(dataclasses.replace(options, mode=Mode.MARGIN, **changes))  # type: ignore[arg-type]
+    assert failure.value.hint
 
 
 def test_exits_are_counted(options: RunOptions) -> None:
@@ -110,7 +199,7 @@ def test_a_conversation_is_computed_once_and_gives_the_same(options: RunOptions,
         longer = runtime.engine.tokens + runtime.text_tokens(" and")
         again = tokens_of(list(runtime.stream(longer, 20)))
         assert runtime.summary.reused_tokens >= len(longer) - 20
-        if mode is not Mode.EXIT:  # there, which tokens wait together differs
+        if mode in (Mode.FULL, Mode.VERIFIED):  # elsewhere, which tokens wait together differs
             assert again == tokens_of(list(fresh.stream(longer, 20)))
         assert len(first) == len(again) == 20
 
@@ -251,11 +340,11 @@ def test_a_model_without_a_tokenizer(tiny_path: TinyMaker, options: RunOptions) 
 def test_the_demo_model_answers_a_question(demo_path: Path) -> None:
     question = [Message("user", "What is the capital of France? Answer with one word.")]
     texts = []
-    for mode in (Mode.FULL, Mode.VERIFIED):
-        with Runtime(RunOptions(model=str(demo_path), mode=mode, n_ctx=256, n_threads=1)) as runtime:
+    for mode, draft in ((Mode.FULL, None), (Mode.VERIFIED, "heads"), (Mode.VERIFIED, "ngram")):
+        with Runtime(RunOptions(model=str(demo_path), mode=mode, draft=draft, n_ctx=256, n_threads=1)) as runtime:
             texts.append("".join(c.text for c in runtime.stream(runtime.chat_tokens(question), 12)))
     assert "Paris" in texts[0]
-    assert texts[0] == texts[1]
+    assert texts == [texts[0]] * 3
 
 
 @pytest.mark.model

@@ -8,6 +8,7 @@ import typing
 import pytest
 
 from edge_runtime.errors import BoundaryError, UsageError
+from edge_runtime.generate import DRAFTS
 from edge_runtime.native import KvType
 from edge_runtime.options import RunArguments, parse_boundaries, parse_thresholds, run_options
 from edge_runtime.types import Mode
@@ -20,6 +21,10 @@ def choices(name: str) -> set[str]:
 
 def test_the_choices_on_the_command_line_are_the_runtimes() -> None:
     assert choices("mode") == {m.value for m in Mode}
+    optional, _none = typing.get_args(
+        typing.get_args(typing.get_type_hints(RunArguments, include_extras=True)["draft"])[0]
+    )
+    assert typing.get_args(optional) == DRAFTS
     assert choices("kv_type") == {k.value for k in KvType}
 
 

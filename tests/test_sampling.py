@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_runtime.sampling import Sampler
+from edge_runtime.sampling import Sampler, is_close_second
 from edge_runtime.types import Floats, SamplingSettings
 
 N_VOCAB = 8
@@ -231,3 +233,40 @@ def test_logits_are_only_read(opened: list[Sampler]) -> None:
         sampler.sample(logits)
         sampler.draft(logits)
     assert np.array_equal(logits, logits_of(PEAKED))
+
+
+# ── how close a second choice is ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ratio_by_softmax(logits: Floats, token: int) -> float:
+    shares = np.exp(logits.astype(float) - logits.max())
+    return float(shares[token] / shares.max())
+
+
+@given(
+    st.lists(st.integers(-40, 40), min_size=2, max_size=12),
+    st.integers(0, 11),
+    st.floats(0.01, 1),
+    st.sampled_from([-1000.0, 0.0, 1000.0]),
+)
+def test_the_second_choice_and_no_other_and_whatever_is_added_to_all(
+    tenths: list[int], token: int, theta: float, shift: float
+) -> None:
+    logits = np.array(tenths, np.float32) / 8 + np.float32(shift)  # eighths, so that the sum is exact
+    token %= len(tenths)
+    likelier = sum(v > tenths[token] for v in tenths)
+    first = int(logits.argmax()) == token
+    expected = not first and likelier <= 1 and ratio_by_softmax(logits, token) > theta
+    assert is_close_second(logits, token, theta) is expected
+
+
+def test_a_tie_is_close_unless_theta_is_one() -> None:
+    tie = np.array([1, 5, 5, 2], np.float32)
+    assert [is_close_second(tie, token, 0.999) for token in range(4)] == [False, False, True, False]
+    assert not any(is_close_second(tie, token, 1.0) for token in range(4))
+
+
+def test_what_cannot_be_is_not_close() -> None:
+    assert not is_close_second(np.array([0, -np.inf], np.float32), 1, 0.01)
+    assert not is_close_second(np.full(3, -np.inf, np.float32), 1, 0.01)
+    assert not is_close_second(np.array([1, np.nan, 1], np.float32), 2, 0.01)

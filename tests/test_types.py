@@ -82,8 +82,16 @@ def test_an_audit_rate_that_is_no_number() -> None:
 
 
 def test_modes_are_words() -> None:
-    assert [mode.value for mode in Mode] == ["full", "exit", "verified"]
+    assert [mode.value for mode in Mode] == ["full", "exit", "verified", "margin"]
     assert Mode("exit") is Mode.EXIT
+    assert [mode for mode in Mode if mode.verifies] == [Mode.VERIFIED, Mode.MARGIN]
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, 1.1, math.nan, math.inf])
+def test_a_theta_that_is_no_ratio(theta: float) -> None:
+    with pytest.raises(UsageError, match="theta") as failure:
+        EngineSettings(Mode.MARGIN, theta=theta)
+    assert failure.value.hint
 
 
 # ── boundaries ──────────────────────────────────────────────────────────────────────────────────────────────────────

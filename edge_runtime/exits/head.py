@@ -190,12 +190,20 @@ def _write_metadata(writer: object, shape: HeadShape) -> None:
 class HeadContext:
     """A head, loaded and ready to follow one text."""
 
-    def __init__(self, path: Path, n_ctx: int, n_threads: int, n_batch: int = 32, n_outputs_max: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_ctx: int,
+        n_threads: int,
+        n_batch: int = 32,
+        n_outputs_max: int = 1,
+        kernels: str = "stock",
+    ) -> None:
         """`n_outputs_max` rows of logits can be asked of one batch; 0 threads: all physical cores.
 
         Raises a ModelError, MemoryLimitError or LibraryError if it cannot be opened.
         """
-        self._model = Model(str(path))
+        self._model = Model(str(path), kernels=kernels)
         try:
             options = ContextOptions(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads or default_threads())
             self._context = Context(self._model, 0, 1, options, n_outputs_max=n_outputs_max)

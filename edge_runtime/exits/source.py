@@ -90,6 +90,7 @@ class PackHeads:
         n_ctx: int,
         n_threads: int,
         n_batch: int = N_BATCH,
+        kernels: str = "stock",
     ) -> None:
         """`paths` of head files for the engine's boundaries behind `layers`, in order; see ExitPack for the rest.
 
@@ -111,7 +112,7 @@ class PackHeads:
         with ExitStack() as opened:
             self._heads: list[_Follower] = []
             for path, layer in zip(paths, layers, strict=True):
-                head = opened.enter_context(HeadContext(path, n_ctx, n_threads, min(n_batch, n_ctx)))
+                head = opened.enter_context(HeadContext(path, n_ctx, n_threads, min(n_batch, n_ctx), kernels=kernels))
                 if head.n_rows != self._other + 1:
                     raise PackError(
                         f"the head behind layer {layer} has {head.n_rows} rows, a shortlist of {self._other} tokens "
