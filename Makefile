@@ -45,6 +45,8 @@ library: $(STAMP)
 bench: library ## compare with stock llama.cpp on this machine
 	@$(PY) scripts/build_llama --with-stock
 	@$(PY) scripts/bench_slices
+	@$(PY) scripts/bench_ck
+	@$(PY) scripts/bench_drafts
 
 check-system: ## say what this system lacks
 	@scripts/check_system

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,13 +27,16 @@ from ..types import Floats
 class StockProcess:
     """One stock context at a time, driven from here. Close it, or use it in a `with`."""
 
-    def __init__(self, library: Path | str) -> None:
-        """`library` is the directory of an unpatched libllama (scripts/build_llama --stock --print-path)."""
+    def __init__(self, library: Path | str, worker: str = "edge_runtime.bench.stock") -> None:
+        """`library` is the directory of an unpatched libllama (scripts/build_llama --stock --print-path).
+
+        `worker` is the module that answers there.
+        """
         environment = {**os.environ, ENV_BINDINGS: str(library)}
         environment.pop(ENV_OURS, None)
         self._folder = tempfile.TemporaryDirectory(prefix="edge-stock-")
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "edge_runtime.bench.stock"],
+            [sys.executable, "-m", worker],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,6 +90,25 @@ class StockProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def library_variant(library: Path) -> str:
+    """What scripts/build_llama says it built in a directory: "stock", "edge", or "unknown" to it."""
+    try:
+        return str(json.loads((library / "manifest.json").read_bytes())["variant"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "unknown"
+
+
+def checked_library(library: Path, warn: Callable[[str], None]) -> Path:
+    """`library`, absolute; with a warning if it was not built as stock. Raises LibraryError if there is none."""
+    library = library.absolute()
+    if not any(library.glob("libllama.*")):
+        raise LibraryError(f"there is no llama.cpp library in {library}", "build it with scripts/build_llama --stock")
+    variant = library_variant(library)
+    if variant != "stock":
+        warn(f"the library in {library} is of variant '{variant}', not 'stock': compare with care")
+    return library
 
 
 def peak_resident_bytes() -> int:
@@ -147,6 +169,22 @@ class _Worker:
         self.n_vocab = int(c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model)))
         self.batch = c.llama_batch_init(n_batch, 0, 1)
         return {"n_vocab": self.n_vocab}
+
+    def load(self, token: int = 1, **options: Any) -> dict[str, float]:
+        """Open as `open` does, with the seconds until the first token has come: a mapped file is read with it."""
+        self._close()
+        started = time.perf_counter()
+        self.open(**options)
+        self.greedy([token], 1)
+        return {"seconds": time.perf_counter() - started}
+
+    def quantize(self, source: str, target: str, file_type: int, n_threads: int) -> dict[str, int]:
+        """Write `source` as another enum llama_ftype, from whatever type it is of."""
+        params = self.c.llama_model_quantize_default_params()
+        params.ftype, params.nthread, params.allow_requantize = file_type, n_threads, True
+        if self.c.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
+            raise LibraryError(f"stock llama.cpp cannot quantise {source}")
+        return {}
 
     def _close(self) -> None:
         if self.context:
@@ -277,8 +315,8 @@ class _Worker:
         return {"peak_bytes": peak_resident_bytes()}
 
 
-def main() -> None:
-    worker = _Worker()
+def serve(worker: object) -> None:
+    """Answer each line of stdin, an operation and its arguments, with a line on stdout."""
     for line in sys.stdin:
         request = json.loads(line)
         answer = getattr(worker, request.pop("op"))(**request)
@@ -286,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_Worker())
