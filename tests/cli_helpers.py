@@ -67,7 +67,12 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> Result:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()  # or it would slow all the tests after this one
+        process.communicate()
+        raise
     return Result(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 

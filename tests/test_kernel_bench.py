@@ -144,3 +144,51 @@ def test_targets_are_met_or_missed() -> None:
     assert script["at_least"](0.98, 0.98) == "≥ 0.98: met"
     assert script["at_least"](0.97, 0.98) == "≥ 0.98: MISSED"
     assert script["names"]("1b,smollm2") == ("1b", "smollm2")
+
+
+LOOPS = """0000000000000000 <void (anonymous namespace)::multiply<(anonymous namespace)::Avx2, (anonymous namespace)::Q4_0, 2>(x)>:
+   0:\tvpxor  %xmm0,%xmm0,%xmm0
+   4:\tmov    $0x3f,%eax
+   8:\tprefetcht0 (%rdi)
+   b:\tjne    8 <multiply+0x8>
+   d:\tvpdpbusd (%rsi),%ymm0,%ymm1
+  11:\tvpdpbusd (%rsi),%ymm0,%ymm1
+  15:\tcmp    %rax,%rdi
+  18:\tjne    8 <multiply+0x8>
+  1a:\tvmovups %ymm1,(%rdx)
+  1c:\tjmp    0 <multiply+0x0>
+"""  # noqa: E501
+
+
+def test_the_loop_over_blocks_is_found_in_object_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(str(ROOT / "scripts" / "bench_kernels"))
+    # neither the prefetches alone nor the loop over rows
+    assert script["block_loop"](LOOPS) == 6
+    name = script["SYMBOL"].search(LOOPS.partition("\n")[0])
+    assert name is not None
+    assert name.groups() == ("Q4_0", "2")
+    assert script["block_loop"]("0000 <none>:\n   0:\tret\n") == 0
+
+
+def test_kernels_are_shown_against_what_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(str(ROOT / "scripts" / "bench_kernels"))
+
+    def figure(what: str, kind: str, place: str, columns: int, seconds: float) -> dict[str, Any]:
+        # 1e9 bytes of 4-bit weights with their scales, and 8 rows of 32 weights in a block
+        return {"what": what, "type": kind, "place": place, "columns": columns, "bytes": 10**9,
+                "products": 16 * 10**8 * columns, "seconds": [9.0, seconds, seconds]}  # fmt: skip
+
+    found = [
+        {"what": "clock", "gigahertz": 2.0},
+        figure("read", "", "far", 0, 0.1),
+        figure("read ahead", "", "far", 0, 0.05),
+    ]
+    found += [figure("avx2", "q4_0", place, k, 0.1 * k**0.5) for place in ("far", "near") for k in (1, 2, 3, 4)]
+    script["show"]({"avx2": {"q4_0": {1: 50, 2: 75, 4: 128}}}, found)
+    shown = capsys.readouterr().out
+    assert "plain reading from memory: 20.0 GB/s" in shown
+    assert "| q4_0 | 0.625 | 50, 75, 128 | 10.0 (0.50) | 1.41, 2.00 | 32 | 16 | 2.0 |" in shown

@@ -5,27 +5,26 @@ Each test makes one build and runs it, so that no build is made twice where test
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "patches" / "kernels"
-NATIVE = ROOT / "tests" / "native"
+sys.path.insert(0, str(ROOT / "scripts"))  # the scripts are no package: they must run before anything is installed
+
+import _kernels  # noqa: E402
+from _kernels import KERNELS, ON_ARM, Isa, cpu_flags, for_this_machine, host_compiler, listed, takes  # noqa: E402
+
 TYPES = {"q4_0", "q8_0", "q4_K", "q6_K", "q4_1", "q5_K", "q5_0", "q5_1"}
 NAMES = {
     "avx512": "avx512-vnni", "avxvnni": "avx-vnni", "avx2": "avx2",
     "i8mm": "neon-i8mm", "dotprod": "neon-dotprod", "neon": "neon",
 }  # fmt: skip
-ON_ARM = ("i8mm", "dotprod", "neon")
 CROSS, QEMU = "aarch64-linux-gnu-g++", ("qemu-aarch64-static", "qemu-aarch64")
 QEMU_CPUS = {
     "cortex-a72": {"neon"},
@@ -43,29 +42,6 @@ SANITIZE = (
 CALLS = ("--param", "asan-instrumentation-with-call-threshold=0")  # a call for each check: half the time again
 
 
-@dataclass(frozen=True)
-class Isa:
-    """An instruction set as edge-kernels.cmake lists it: edge-isa-NAME.cpp, the macro of the table, the flags."""
-
-    name: str
-    macro: str
-    flags: tuple[str, ...]
-
-
-def listed() -> list[Isa]:
-    text = (KERNELS / "edge-kernels.cmake").read_text()
-    found = re.findall(r"^\s*edge_isa\((\w+) (EDGE_\w+)((?: -\S+)*)\)$", text, re.MULTILINE)
-    return [Isa(name, macro, tuple(flags.split())) for name, macro, flags in found]
-
-
-def cpu_flags() -> set[str]:
-    """What Linux says of this CPU; nothing elsewhere."""
-    try:
-        return set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    except (OSError, IndexError):
-        return set()
-
-
 def in_reach(isa: Isa) -> Isa:
     """AVX-VNNI in its AVX-512 form, where the CPU has only that."""
     if isa.name == "avxvnni" and "avx512_vnni" in cpu_flags() and "avx_vnni" not in cpu_flags():
@@ -74,29 +50,11 @@ def in_reach(isa: Isa) -> Isa:
     return isa
 
 
-def takes(compiler: str, *flags: str) -> bool:
-    """Whether the compiler knows the flags and can link with them."""
-    command = [compiler, *flags, "-x", "c++", "-", "-o", os.devnull]
-    return subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0
-
-
 def build(folder: Path, compiler: str, isas: Sequence[Isa], *flags: str, link: Sequence[str] = ()) -> Path:
-    """The test program with these instruction sets; they are compiled side by side, for they take most of the time."""
-    common = ("-std=c++17", "-ffp-contract=off", f"-I{KERNELS}", *WARNINGS, *flags)
-    table = tuple(f"-D{isa.macro}" for isa in isas)
-    sources = [(KERNELS / f"edge-isa-{isa.name}.cpp", isa.flags) for isa in isas]
-    sources += [(NATIVE / "kernel_test.cpp", ()), (KERNELS / "edge-isas.cpp", table)]
-
-    def compiled(source: tuple[Path, tuple[str, ...]]) -> str:
-        path, own = source
-        target = str(folder / f"{path.stem}.o")
-        checked([compiler, *common, *own, "-c", str(path), "-o", target])
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compiled, sources))
-    program = folder / "kernel_test"
-    checked([compiler, *flags, *link, *objects, "-o", str(program)])
+    program, problem = _kernels.build(
+        ROOT / "tests" / "native" / "kernel_test.cpp", folder, compiler, isas, *WARNINGS, *flags, link=link
+    )
+    assert not problem, problem
     return program
 
 
@@ -120,14 +78,8 @@ def skipped(output: str) -> set[str]:
     return set(re.findall(r"^(\S+) +skipped: ", output, re.MULTILINE))
 
 
-def host_compiler() -> str:
-    return os.environ.get("CXX", "c++")
-
-
-def for_this_machine() -> list[Isa]:
-    on_arm = platform.machine().lower() in ("aarch64", "arm64")
-    isas = [in_reach(isa) for isa in listed() if (isa.name in ON_ARM) == on_arm]
-    return [isa for isa in isas if takes(host_compiler(), *isa.flags)]
+def here() -> list[Isa]:
+    return [in_reach(isa) for isa in for_this_machine()]
 
 
 def test_cmake_lists_every_instruction_set() -> None:
@@ -138,7 +90,7 @@ def test_cmake_lists_every_instruction_set() -> None:
 
 
 def test_every_kernel_equals_the_promised_arithmetic(tmp_path: Path) -> None:
-    isas = for_this_machine()
+    isas = here()
     program = build(tmp_path, host_compiler(), isas, "-O2")
     output = checked([str(program)])
     results = compared(output)
@@ -162,7 +114,7 @@ def test_kernels_stay_in_bounds_and_defined(tmp_path: Path) -> None:
     compiler = host_compiler()
     if not takes(compiler, *SANITIZE):
         pytest.skip(f"{compiler} has no sanitizers here")
-    isas = for_this_machine()
+    isas = here()
     calls = CALLS if takes(compiler, *SANITIZE, *CALLS) else ()
     # the widest and the plainest: the others read and write memory as one of them does
     program = build(tmp_path, compiler, [isas[0], isas[-1]], "-O1", *SANITIZE, *calls)
