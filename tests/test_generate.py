@@ -348,6 +348,15 @@ def test_the_demo_model_answers_a_question(demo_path: Path) -> None:
 
 
 @pytest.mark.model
+def test_the_bundled_exit_pack_is_for_this_model_and_build(demo_path: Path) -> None:
+    options = RunOptions(model=str(demo_path), mode=Mode.EXIT, pack="smollm2-135m", n_threads=1)
+    with Runtime(options) as runtime:
+        prompt = runtime.chat_tokens([Message("user", "Name three colours.")])
+        assert "".join(chunk.text for chunk in runtime.stream(prompt, max_tokens=16))
+        assert runtime.summary.exits
+
+
+@pytest.mark.model
 def test_characters_of_several_tokens_come_whole(demo_model: Model, demo_path: Path) -> None:
     text = "東京 🦊"
     tokens = demo_model.tokenize(text, add_special=False, parse_special=False)

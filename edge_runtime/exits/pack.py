@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..cache import replacing
 from ..errors import EdgeError, ModelNotFoundError, PackError
 from ..identity import ModelIdentity, difference
-from ..native import BINDINGS_VERSION, expected_abi, read_tensors
+from ..native import BINDINGS_VERSION, read_tensors
 from ..native.tensors import read_texts
 from ..types import TokenIds
 from .asking import Asker
@@ -37,6 +37,7 @@ from .thresholds import Rung
 
 MAX_BYTES = 2**30
 _ARCHITECTURE = "edge-exits"
+_STATES_SINCE = 1  # the ABI since which slices hand out the same states: packs of one since then are good
 _KINDS = {_ARCHITECTURE: "an exit pack", "edge-labels": "a label pack"}
 _VERSION = 1
 _MANIFEST, _CHECKSUM = "edge.exits.manifest", "edge.exits.crc32"
@@ -51,7 +52,7 @@ Arrays = dict[str, NDArray[Any]]
 
 def this_library() -> str:
     """What hidden states are computed with here: the pinned source of llama.cpp, and the version of our part of it."""
-    return f"llama-cpp-python {BINDINGS_VERSION}, ABI {expected_abi}"
+    return f"llama-cpp-python {BINDINGS_VERSION}, ABI {_STATES_SINCE}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
