@@ -70,6 +70,7 @@ def test_a_command_line_that_cannot_be_parsed(run: RunCli, arguments: tuple[str,
     assert_clean(result, 2)
     assert result.out == ""
     assert "--help` lists" in result.err
+    assert "Value error" not in result.err
 
 
 # ── generate ────────────────────────────────────────────────────────────────────────────────────────────────────────
