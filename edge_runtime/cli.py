@@ -9,10 +9,12 @@ import typer
 
 from . import __version__
 from .calibrate_cli import CALIBRATE_EPILOG, calibrate
+from .energy_cli import energy_app
 from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
 from .options import (
     BoundariesOption,
+    DeviceOption,
     JsonOption,
     ModelOption,
     RunArguments,
@@ -20,6 +22,7 @@ from .options import (
     VerboseOption,
     expand_arguments,
 )
+from .sensors_cli import SENSORS_EPILOG, sensors
 
 app = typer.Typer(
     name="edge-run",
@@ -70,6 +73,7 @@ Examples:
   edge-run generate --mode exit --boundaries 24,28 --threshold 0.3 --show-exits "Tell me about Paris."
   edge-run generate --raw --stop "." "Once upon a time"
   edge-run generate --json --file prompt.txt | jq .depth
+  edge-run generate --energy "Why is the sky blue?"
   git diff | edge-run generate --system "Summarise this change."
 
 \b
@@ -85,11 +89,24 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")
     ] = False,
     as_json: JsonOption = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Say what energy the answer used, where sensors know the power.")
+    ] = False,
+    idle_power: Annotated[
+        float | None,
+        typer.Option(
+            "--idle-power",
+            help="With --energy: power of the idle machine in watts.",
+            show_default="measured before",
+            metavar="WATT",
+        ),
+    ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Answer one prompt."""
     from .completion import Request, complete
 
-    complete(Request(prompt, file, raw, as_json), run)
+    complete(Request(prompt, file, raw, as_json, energy, idle_power, device), run)
 
 
 @app.command(
@@ -172,5 +189,7 @@ def models(as_json: JsonOption = False) -> None:
 
 
 app.command(epilog=CALIBRATE_EPILOG)(calibrate)
+app.command(epilog=SENSORS_EPILOG)(sensors)
 app.command(epilog=MODERATE_EPILOG)(moderate)
 app.add_typer(labels_app, name="labels")
+app.add_typer(energy_app, name="energy")

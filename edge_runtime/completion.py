@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import platform
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import display
+from .energy.live import watch
+from .energy.model import PowerModel
+from .energy.request import Meter
 from .errors import PromptError, UsageError
 from .generate import Chunk, Runtime
 from .options import RunArguments, run_options, start_library
+from .profiles import choose_profile
+from .sensors.detect import detect, missing
+from .sensors.machine import Machine
+from .sensors.reading import PowerSource, Reading
+from .summary import Summary
 from .templates import Message
 from .text import check_text, decode_prompt
 
@@ -25,6 +35,9 @@ class Request:
     file: Path | None
     raw: bool
     json: bool
+    energy: bool = False
+    idle_power_w: float | None = None  # None: measured before the model is loaded
+    device: str | None = None  # name or path of a profile; None: the one that fits
 
 
 def complete(request: Request, arguments: RunArguments) -> None:
@@ -33,11 +46,15 @@ def complete(request: Request, arguments: RunArguments) -> None:
         raise UsageError("--json and --show-exits exclude each other", "each JSON object has its token's depth")
     if request.raw and arguments.system is not None:
         raise UsageError("--system needs the chat template that --raw leaves out", "write it into the prompt")
+    _check_energy(request)
     options = run_options(arguments)
     prompt = read_prompt(request.prompt, request.file)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
     start_library(verbose=arguments.verbose)
-    with Runtime(options, lambda text: say(f"warning: {text}"), say) as runtime:
+    with (
+        _watched(request) if request.energy else nullcontext() as meter,
+        Runtime(options, lambda text: say(f"warning: {text}"), say, meter) as runtime,
+    ):
         tokens = _tokens(runtime, prompt, request.raw, arguments.system, say)
         if arguments.show_exits:
             say(painter_of(runtime).legend())
@@ -48,8 +65,45 @@ def complete(request: Request, arguments: RunArguments) -> None:
         else:
             for line in display.footer(runtime.summary, seeded=arguments.temperature > 0):
                 say(line)
+        if meter is not None:
+            _tell_what_is_missing(meter, runtime.summary, say)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _watched(request: Request) -> AbstractContextManager[Meter]:
+    """What reads the energy: this machine's sensors, or where none knows the power, its profile's model."""
+    machine = Machine()
+    profile = choose_profile(machine, platform.system(), platform.machine(), request.device).profile
+    model = None
+    if (power := profile.power) is not None:
+        model = PowerModel(power.static_w, power.active_w_per_core, power.joule_per_gb, PowerSource(power.label))
+    return watch(detect(machine, profile), request.idle_power_w, model)
+
+
+def _check_energy(request: Request) -> None:
+    """Raises UsageError for an idle power that is none, and for what is not needed."""
+    idle_w = request.idle_power_w
+    if request.device is not None and not request.energy:
+        raise UsageError("--device means nothing without --energy", "add --energy")
+    if idle_w is not None and not request.energy:
+        raise UsageError("--idle-power means nothing without --energy", "add --energy")
+    if idle_w is not None and not 0 <= idle_w < math.inf:
+        raise UsageError(f"{idle_w} W is no power of an idle machine", "give watts, as in --idle-power 2.5")
+
+
+def _tell_what_is_missing(meter: Meter, summary: Summary, say: Callable[[str], None]) -> None:
+    """Why the energy, or the part above idling, is not known."""
+    if summary.generated_tokens == 0:
+        return
+    if summary.energy_j is None:
+        machine = Machine()
+        lack = next((m for m in missing(machine, Reading(0.0)) if m.what == "power"), None)
+        say(f"warning: the energy is not known: {lack.why if lack else 'no sensor tells the power'}")
+        if lack and lack.hint:
+            say(f"hint: {lack.hint}")
+    elif meter.idle_w is None and summary.net_energy_per_token_j is None:
+        say("warning: the machine was not seen idle before, so nothing is known above idle: --idle-power can say it")
 
 
 def answer(runtime: Runtime, tokens: list[int], arguments: RunArguments, write: Callable[[Chunk | None], None]) -> bool:

@@ -20,6 +20,7 @@ _REFUSED = "\x1b[30;48;5;217m"
 _RELAXED = "\x1b[30;48;5;215m"
 # black on light backgrounds, which also show spaces: green for the earliest boundary, then towards yellow
 _EXIT_COLOURS = tuple(f"\x1b[30;48;5;{n}m" for n in (120, 123, 159, 183, 223, 229))
+_WELL_COVERED = 0.95  # share of an answer's time; below it, its energy comes with the share
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -151,7 +152,7 @@ def footer(summary: Summary, *, seeded: bool) -> list[str]:
         speed.append(f"decode {summary.decode_tokens_per_s:.1f} tokens/s")
     if seeded:
         speed.append(f"seed {summary.seed}")
-    return [", ".join(speed), *_depth_line(summary), *_end_line(summary)]
+    return [", ".join(speed), *_depth_line(summary), *_energy_line(summary), *_end_line(summary)]
 
 
 def _depth_line(summary: Summary) -> list[str]:
@@ -172,6 +173,26 @@ def _depth_line(summary: Summary) -> list[str]:
         return [f"{depth}, {summary.exits} left early, none of them compared with full depth"]
     audits = f"{summary.disagreed} of {summary.audited} audited ({summary.disagreement:.0%})"
     return [f"{depth}, {summary.exits} left early, full depth disagreed with {audits}"]
+
+
+def _energy_line(summary: Summary) -> list[str]:
+    if summary.energy_j is None:
+        return []
+    parts = []
+    if summary.energy_per_token_j is not None:
+        net = summary.net_energy_per_token_j
+        above = "" if net is None else f", {_short(net, 2)} above idle"
+        parts.append(f"{_short(summary.energy_per_token_j, 2)} J per token{above}")
+    if summary.prefill_energy_j is not None:
+        parts.append(f"prefill {_short(summary.prefill_energy_j, 3)} J")
+    if summary.energy_covered is not None and summary.energy_covered < _WELL_COVERED:
+        parts.append(f"the power was known for {summary.energy_covered:.0%} of the time")
+    return [f"energy {_short(summary.energy_j, 3)} J {summary.energy_source} ({'; '.join(parts)})"]
+
+
+def _short(value: float, digits: int) -> str:
+    """`digits` significant digits, more before the decimal point; no exponent for what is large."""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def _end_line(summary: Summary) -> list[str]:

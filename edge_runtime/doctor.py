@@ -10,7 +10,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,12 @@ from .native import (
     struct_sizes,
     weight_bytes,
 )
+from .profiles import Profile, choose_profile, describe
+from .sensors.detect import detect, missing
+from .sensors.machine import Machine, Sensor
+from .sensors.reading import combine
+from .sensors.sampler import SensorGroup
+from .sensors_view import summary
 from .slices import default_threads
 
 _EDGE_FUNCTIONS = (
@@ -79,7 +86,8 @@ def examine(model: str | None) -> list[Check]:
         checks.append(Check("library", Status.PROBLEM, error.message, error.hint))
     else:
         checks += _loaded_library(api)
-    checks += [_threads(), _memory(), _demo_model()]
+    profile, found = _device_profile()
+    checks += [_threads(), _memory(), profile, *_sensors(Machine(), found), _demo_model()]
     if model is not None:
         checks += _model(model)
     return [*checks, _matplotlib(), *_build_tools()]
@@ -197,6 +205,43 @@ def _memory() -> Check:
     return Check(
         "memory", Status.OK, f"{memory.total / 2**30:.1f} GiB{limit}, {memory.available / 2**30:.1f} GiB available"
     )
+
+
+def _device_profile() -> tuple[Check, Profile | None]:
+    """Which kind of device this is taken for, why, and what its profile sets; and the profile."""
+    try:
+        found = choose_profile(Machine(), platform.system(), platform.machine())
+    except EdgeError as error:
+        return Check("device profile", Status.PROBLEM, error.message, error.hint), None
+    said = f"{found.profile.name}, because {found.why}: {describe(found.profile)}"
+    return Check("device profile", Status.OK, said), found.profile
+
+
+def _sensors(
+    machine: Machine,
+    profile: Profile | None = None,
+    find: Callable[[Machine, Profile | None], list[Sensor]] = detect,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Check]:
+    """What each sensor says now, which do not answer, and what none says."""
+    broken: list[str] = []
+    found = find(machine, profile)
+    group = SensorGroup(found, broken.append)
+    if found:
+        group.settle(now, sleep)
+    time_s = now()
+    parts = [part for part in group.parts(time_s) if part.sensors]
+    said = "; ".join(f"{', '.join(part.sensors)}: {summary(part)}" for part in parts)
+    yield Check("sensors", Status.OK if parts else Status.OPTIONAL, said or "none answers")
+    reading = combine(time_s, parts)
+    silent = [name for name in group.names if name not in reading.sensors]
+    for text in broken:
+        yield Check("broken sensor", Status.OPTIONAL, text)
+    if silent:
+        yield Check("silent sensors", Status.OPTIONAL, ", ".join(silent))
+    for lack in missing(machine, reading):
+        yield Check(f"no {lack.what}", Status.OPTIONAL, lack.why, lack.hint)
 
 
 def _demo_model() -> Check:

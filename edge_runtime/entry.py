@@ -69,7 +69,9 @@ def _usage_error(error: Any) -> str | None:
         return None
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "edge-run"
-    what = error.format_message().rstrip(".").replace("Value error, ", "")  # typer's validation puts that before its words
+    what = (
+        error.format_message().rstrip(".").replace("Value error, ", "")
+    )  # typer's validation puts that before its words
     return f"error: {what}\nhint: `{command} --help` lists what can be given\n"
 
 

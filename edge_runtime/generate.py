@@ -9,6 +9,7 @@ with Runtime(RunOptions(mode=Mode.VERIFIED)) as runtime:
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
@@ -18,6 +19,7 @@ from pathlib import Path
 from .batch_costs import BatchCosts, CostKey, kept_batch_costs, machine_name, measurable_sizes, measure_batch_costs
 from .cache import model_hash
 from .draft import DraftSource, SharedHead
+from .energy.request import Meter, RequestEnergy, Work, weights_gb
 from .engine import Engine
 from .errors import ModelError, ModelUnreadableError, PromptError, UnsupportedModelError, UsageError
 from .exits.pack import ExitPack
@@ -32,7 +34,7 @@ from .native import ContextOptions, KvType, Model, library_hash, load, read_head
 from .ngram import NGrams
 from .sampling import Sampler
 from .slices import Slice, close_slices, default_threads, open_slices
-from .summary import Clock, Finish, Summary, copy_stats, number, rate, stats_since
+from .summary import Clock, Finish, Summary, copy_stats, energy_fields, number, rate, stats_since
 from .templates import ChatTemplate, Message
 from .text import Assembler
 from .types import (
@@ -106,14 +108,16 @@ class Runtime:
         options: RunOptions,
         note: Callable[[str], None] = lambda _text: None,
         say: Callable[[str], None] = lambda _text: None,
+        meter: Meter | None = None,
     ) -> None:
         """Check, load and open; `note` gets warnings, before the slow part begins, `say` what takes a while.
 
+        `meter` is where the energy of answers is read; without it, none is known.
         Raises a ModelError, PackError, MemoryLimitError, UsageError or LibraryError, each before anything large is
         allocated.
         """
         self.header = checked_header(options.model)
-        self.asked, self._note, self._say = options, note, say
+        self.asked, self._note, self._say, self._meter = options, note, say, meter
         _resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
         self._pack = _load_pack(options.pack, self.header)
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
@@ -316,6 +320,27 @@ class Runtime:
             theta=options.theta if options.mode is Mode.MARGIN else None,
             head=None if options.mode is Mode.FULL else options.head,
             signal=None if options.mode is Mode.FULL else options.signal,
+            **energy_fields(self._energy(stats)),
+        )
+
+    def _energy(self, stats: EngineStats) -> RequestEnergy | None:
+        """What the answer that `stats` count has used so far."""
+        clock, boundaries = self._clock, self.options.boundaries
+        if self._meter is None or clock.first is None or clock.latest is None:
+            return None
+        n_new, n_decoded = self._n_prompt - self._n_reused, clock.tokens - 1
+        n_prefill = min(stats.settles, math.ceil(n_new / self.options.n_batch))
+        share = boundaries[0] / self.model.n_layer if boundaries else 0.0
+        size = self.header.file_bytes
+        return self._meter.account(
+            Work(
+                start_s=clock.start,
+                first_s=clock.first,
+                end_s=clock.latest,
+                decoded=n_decoded,
+                prefill_gb=weights_gb(size, n_prefill, n_prefill),
+                decode_gb=weights_gb(size, n_decoded, stats.settles - n_prefill, share),
+            )
         )
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────

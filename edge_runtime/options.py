@@ -33,6 +33,10 @@ ThreadsOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's own log.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Device profile: a name, or a .toml file.", show_default="the one that fits"),
+]
 
 
 @dataclass(frozen=True)

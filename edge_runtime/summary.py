@@ -7,7 +7,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from .energy.request import RequestEnergy
 from .types import EngineStats
 
 
@@ -60,6 +62,13 @@ class Summary:
     pack: str | None = None  # name of the exit pack
     head: str | None = None  # what guessed at boundaries: the pack's heads, or the model's own output head ("shared")
     signal: str | None = None  # what decided whether a token left
+    energy_j: float | None = None  # gross, of the whole answer; this and what follows None where no power is known
+    prefill_energy_j: float | None = None  # … until its first token
+    decode_energy_j: float | None = None  # … and from there on
+    energy_per_token_j: float | None = None  # of the tokens after the first
+    net_energy_per_token_j: float | None = None  # the same above idling; None where the idle power is not known
+    energy_source: str | None = None  # measured, calibrated or estimated
+    energy_covered: float | None = None  # share of the time that readings of the power were near enough to
 
 
 @dataclass(slots=True)
@@ -89,6 +98,21 @@ class Clock:
 def rate(count: int, seconds: float | None) -> float | None:
     """`count` per second; None of nothing or in no time."""
     return count / seconds if seconds and count > 0 else None
+
+
+def energy_fields(energy: RequestEnergy | None) -> dict[str, Any]:
+    """A summary's fields about energy; none if nothing is known of it."""
+    if energy is None:
+        return {}
+    return {
+        "energy_j": energy.gross_j,
+        "prefill_energy_j": energy.prefill.gross_j,
+        "decode_energy_j": None if energy.decode is None else energy.decode.gross_j,
+        "energy_per_token_j": energy.per_token_j,
+        "net_energy_per_token_j": energy.net_per_token_j,
+        "energy_source": energy.source.value,
+        "energy_covered": energy.covered,
+    }
 
 
 def number(value: float) -> float | None:

@@ -16,7 +16,7 @@ from edge_runtime import __version__, models
 from .cli_helpers import Result, RunCli, assert_clean, environment, finish, program, runner, start
 from .conftest import TinyMaker
 
-VERBS = ["generate", "chat", "lens", "doctor", "models"]
+VERBS = ["generate", "chat", "lens", "sensors", "doctor", "models"]
 
 
 @pytest.fixture

@@ -125,6 +125,22 @@ def test_acceptance_and_disagreement_come_with_their_counts() -> None:
     assert "none of them compared" in footer(summary(mode="exit", exits=9), seeded=False)[1]
 
 
+def test_energy_comes_with_its_source_and_with_what_is_known_of_it() -> None:
+    used = {"energy_j": 12.34, "prefill_energy_j": 2.1, "decode_energy_j": 10.24, "energy_source": "measured"}
+    per_token = {"energy_per_token_j": 0.1604, "net_energy_per_token_j": 0.1111, "energy_covered": 1.0}
+    assert footer(summary(**used, **per_token), seeded=False)[-1] == (
+        "energy 12.3 J measured (0.16 J per token, 0.11 above idle; prefill 2.1 J)"
+    )
+    per_token |= {"net_energy_per_token_j": None, "energy_covered": 0.5}
+    assert footer(summary(**used, **per_token), seeded=False)[-1] == (
+        "energy 12.3 J measured (0.16 J per token; prefill 2.1 J; the power was known for 50% of the time)"
+    )
+    large = summary(energy_j=12345.6, energy_per_token_j=123.4, energy_source="measured", net_energy_per_token_j=-0.25)
+    assert footer(large, seeded=False)[-1] == "energy 12346 J measured (123 J per token, -0.25 above idle)"
+    one_token = summary(energy_j=2.0, prefill_energy_j=2.0, energy_source="estimated", energy_covered=1.0)
+    assert footer(one_token, seeded=False)[-1] == "energy 2 J estimated (prefill 2 J)"
+
+
 @pytest.mark.parametrize(
     ("finish", "words"),
     [(Finish.MAX_TOKENS, "--max-tokens"), (Finish.CONTEXT_FULL, "--ctx"), (Finish.INTERRUPTED, "interrupted")],

@@ -13,6 +13,10 @@ import pytest
 from edge_runtime import _library, doctor, models
 from edge_runtime.doctor import Check, Status
 from edge_runtime.errors import LibraryError
+from edge_runtime.sensors.detect import recorded_machine
+from edge_runtime.sensors.machine import Machine, Sensor
+from edge_runtime.sensors.reading import Reading
+from edge_runtime.sensors.sampler import SensorGroup
 
 from .cli_helpers import RunCli, assert_clean, finish, program, runner, start
 from .conftest import TinyMaker
@@ -21,6 +25,12 @@ from .conftest import TinyMaker
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
     return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the counters of this machine's sensors."""
+    monkeypatch.setattr(SensorGroup, "settle", lambda *_: None)
 
 
 def by_part(checks: list[Check]) -> dict[str, Check]:
@@ -76,6 +86,80 @@ def test_what_is_optional_fails_nothing(run: RunCli, monkeypatch: pytest.MonkeyP
     assert result.code == 0
     assert result.out.count("optional") >= 4
     assert f"hint: {models.DEMO_HINT}" in result.out
+
+
+def test_the_device_profile_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "pi5")
+    check = by_part(doctor.examine(None))["device profile"]
+    assert check.status is Status.OK
+    assert check.detail.startswith("pi5, because $EDGE_RUNTIME_DEVICE names it: 4 threads; ")
+    assert "throttles at 80 °C" in check.detail
+
+
+def test_a_device_profile_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "pi55")
+    check = by_part(doctor.examine(None))["device profile"]
+    assert check.status is Status.PROBLEM
+    assert "unknown device 'pi55'" in check.detail
+    assert check.hint == "did you mean 'pi5'?"
+
+
+# ── sensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeSensor:
+    """Knows what it is told to know, or breaks."""
+
+    def __init__(self, name: str, answer: Reading | None) -> None:
+        self.name = name
+        self._answer = answer
+
+    def read(self, time_s: float) -> Reading:
+        if self._answer is None:
+            raise RuntimeError("it fell off")
+        return self._answer
+
+
+def sensor_checks(tmp_path: Path, *sensors: Sensor) -> dict[str, Check]:
+    machine = recorded_machine(tmp_path)
+
+    def find(asked: Machine, _profile: object) -> list[Sensor]:
+        assert asked is machine
+        return list(sensors)
+
+    checks = list(doctor._sensors(machine, None, find, now=lambda: 7.0))
+    assert not any(check.fails for check in checks)
+    return by_part(checks)
+
+
+def test_sensors_and_what_they_know(tmp_path: Path) -> None:
+    found = sensor_checks(
+        tmp_path,
+        FakeSensor("pmic", Reading(7, power_w=4.0, temp_c=51.0, throttled_now=frozenset(), sensors=("pmic",))),
+        FakeSensor("thermal", Reading(7, temp_c=52.0, sensors=("thermal",))),
+        FakeSensor("fan", Reading(7)),
+    )
+    assert found["sensors"].status is Status.OK
+    assert found["sensors"].detail == "pmic: 51.0 °C, 4.00 W, throttled: no; thermal: 52.0 °C"
+    assert found["silent sensors"] == Check("silent sensors", Status.OPTIONAL, "fan")
+    assert not any(part.startswith("no ") for part in found)
+
+
+def test_a_machine_without_sensors(tmp_path: Path) -> None:
+    found = sensor_checks(tmp_path)
+    assert found["sensors"] == Check("sensors", Status.OPTIONAL, "none answers")
+    assert {"no power", "no temperature", "no throttling"} <= found.keys()
+    assert all(check.detail for check in found.values())
+
+
+def test_a_sensor_that_breaks(tmp_path: Path) -> None:
+    found = sensor_checks(tmp_path, FakeSensor("loose", None))
+    assert "it fell off" in found["broken sensor"].detail
+    assert "silent sensors" not in found
+
+
+def test_sensors_are_a_part_of_the_installation() -> None:
+    assert "sensors" in by_part(doctor.examine(None))
 
 
 def test_bindings_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,13 @@ import pytest
 
 from edge_runtime import generate
 from edge_runtime.batch_costs import BatchCosts
+from edge_runtime.energy.model import PowerModel
+from edge_runtime.energy.request import Meter
 from edge_runtime.errors import BoundaryError, MemoryLimitError, ModelError, PromptError, UsageError
 from edge_runtime.generate import Chunk, RunOptions, Runtime, common_prefix, default_boundaries
 from edge_runtime.memory import MachineMemory
 from edge_runtime.native import Model
+from edge_runtime.sensors.reading import Reading
 from edge_runtime.summary import Finish
 from edge_runtime.templates import ChatTemplate, Message
 from edge_runtime.types import Mode, SamplingSettings
@@ -181,6 +184,41 @@ def test_a_stop_string_ends_the_answer_before_it(runtime: Runtime, monkeypatch: 
     assert "".join(c.text for c in chunks) == "words"
     assert chunks[-1].finish is Finish.STOP_STRING
     assert len(chunks) == 8  # the stop string's tokens are there, without text
+
+
+@pytest.mark.parametrize(
+    ("mode", "boundaries", "batches"), [(Mode.FULL, None, 19), (Mode.VERIFIED, (2, 5), None), (Mode.EXIT, (2,), None)]
+)
+def test_the_energy_of_an_answer_is_modelled_where_no_sensor_is(
+    options: RunOptions, mode: Mode, boundaries: tuple[int, ...] | None, batches: int | None
+) -> None:
+    """Static power by the time, traffic by the batches that went through the weights: here 19, and 3 of the prompt."""
+    options = dataclasses.replace(options, mode=mode, boundaries=boundaries, n_batch=16)
+
+    def readings(since_s: float) -> list[Reading]:
+        return [Reading(since_s + i, load=0.0) for i in range(60)]
+
+    energies = []
+    for model in (PowerModel(2.0, 1.0, 0.0), PowerModel(0.0, 0.0, 1.0)):
+        with Runtime(options, meter=Meter(readings, model=model)) as runtime:
+            assert runtime.summary.energy_j is None
+            chunks = list(runtime.stream(list(range(10, 50)), 20))
+            size_gb = runtime.header.file_bytes / 1e9
+            energies.append(runtime.summary)
+    assert len(chunks) == 20
+    static, traffic = energies
+    seconds = 19 / (static.decode_tokens_per_s or 0) + (static.time_to_first_token_ms or 0) / 1e3
+    assert static.energy_j == pytest.approx(2 * seconds)
+    assert (static.energy_source, static.energy_covered) == ("estimated", pytest.approx(1))
+    assert static.net_energy_per_token_j == pytest.approx(0)
+    assert traffic.prefill_energy_j == pytest.approx(3 * size_gb)
+    decode_j = traffic.decode_energy_j or 0
+    assert decode_j == pytest.approx(batches * size_gb) if batches else 0 < decode_j < 2 * 19 * size_gb
+
+
+def test_without_a_meter_there_is_no_energy(runtime: Runtime) -> None:
+    run(runtime)
+    assert runtime.summary.energy_j is runtime.summary.energy_source is runtime.summary.energy_covered is None
 
 
 def test_the_summary_of_a_stopped_answer_says_interrupted(runtime: Runtime) -> None:

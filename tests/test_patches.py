@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -253,19 +254,31 @@ def test_every_device_file_is_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('name = "x"\ndescripton = ""', r"unknown key 'descripton'.*\n?"),
-        ('name = "x"\n[runtime]\nn_thread = 4', "unknown key 'n_thread' in .runtime. of x.toml"),
-        ('name = "x"\n[runtime]\nn_threads = "4"', "not of type int"),
-        ('name = "x"\n[runtime]\nn_threads = -1', "negative"),
+        ('name = "x"\n[power]\nstatic = 1', "unknown key 'static' in .power. of x.toml; known: .*\n.*'static_w'"),
         ('name = "x"\n[build.cmake]\nAVX2 = true', "bad CMake name 'AVX2'"),
-        ('name = "y"', "its name is 'y'"),
-        ("name =", "not valid TOML"),
+        ('name = "x"\n[build.cmake]\nGGML_AVX = 1.5', "GGML_AVX in .build.cmake. of x.toml: 1.5 is neither"),
+        ("name =", "x.toml is not valid TOML: line 1, column 7"),
     ],
 )
-def test_bad_device_files_are_errors(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_profile_stops_a_build_with_its_own_error(tmp_path: Path, text: str, message: str) -> None:
+    """One schema serves build and runtime; tests/test_profiles.py has the rest of it."""
     (tmp_path / "x.toml").write_text(text)
-    with pytest.raises(BuildError, match=message):
+    with pytest.raises(BuildError) as caught:
         _devices.load_device("x", tmp_path)
+    assert re.search(message, str(caught.value))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 needs tomli")
+def test_profiles_are_read_before_anything_is_installed(tmp_path: Path) -> None:
+    """A Python that sees no installed package lists the devices of a bare source tree."""
+    for part in ("scripts", "devices", "edge_runtime"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("lib", "packs", "__pycache__"))
+    (tmp_path / "devices" / "new-board.toml").write_text('name = "new-board"')
+    command = [sys.executable, "-S", "-E", str(tmp_path / "scripts" / "build_llama"), "--list-devices"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == sorted([*_devices.device_names(), "new-board"])
 
 
 def test_a_board_is_not_built_for_on_another_machine() -> None:

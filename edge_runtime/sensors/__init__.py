@@ -1,0 +1,1 @@
+"""Boards → readings. Nothing here knows of models."""
