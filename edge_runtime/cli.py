@@ -74,6 +74,7 @@ Examples:
   edge-run generate --raw --stop "." "Once upon a time"
   edge-run generate --json --file prompt.txt | jq .depth
   edge-run generate --energy "Why is the sky blue?"
+  edge-run generate --power-cap 5 --temp-ceiling 70 --explain "Tell me about Paris."
   git diff | edge-run generate --system "Summarise this change."
 
 \b
@@ -102,11 +103,32 @@ def generate(
         ),
     ] = None,
     device: DeviceOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Hold the profile's targets of this name: battery, quiet, balanced or fast."),
+    ] = None,
+    power_cap: Annotated[
+        float | None, typer.Option("--power-cap", help="Hold the board's power at or below this.", metavar="WATT")
+    ] = None,
+    temp_ceiling: Annotated[
+        float | None, typer.Option("--temp-ceiling", help="Hold the temperature at or below this.", metavar="CELSIUS")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option("--latency", help="Take at most so long for a token.", metavar="MS")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what is changed to hold the targets, and why.")
+    ] = False,
+    control_log: Annotated[
+        Path | None, typer.Option("--control-log", help="Append each change to this file, as JSON.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Answer one prompt."""
     from .completion import Request, complete
+    from .steering import SteeringRequest
 
-    complete(Request(prompt, file, raw, as_json, energy, idle_power, device), run)
+    steering = SteeringRequest(target, power_cap, temp_ceiling, latency, explain, control_log, device)
+    complete(Request(prompt, file, raw, as_json, energy, idle_power, device, steering), run)
 
 
 @app.command(

@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import display
@@ -22,6 +22,7 @@ from .profiles import choose_profile
 from .sensors.detect import detect, missing
 from .sensors.machine import Machine
 from .sensors.reading import PowerSource, Reading
+from .steering import SteeringRequest, plan_steering, steering
 from .summary import Summary
 from .templates import Message
 from .text import check_text, decode_prompt
@@ -38,6 +39,7 @@ class Request:
     energy: bool = False
     idle_power_w: float | None = None  # None: measured before the model is loaded
     device: str | None = None  # name or path of a profile; None: the one that fits
+    steering: SteeringRequest = field(default_factory=SteeringRequest)
 
 
 def complete(request: Request, arguments: RunArguments) -> None:
@@ -48,6 +50,7 @@ def complete(request: Request, arguments: RunArguments) -> None:
         raise UsageError("--system needs the chat template that --raw leaves out", "write it into the prompt")
     _check_energy(request)
     options = run_options(arguments)
+    plan = plan_steering(request.steering, options.mode)
     prompt = read_prompt(request.prompt, request.file)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
     start_library(verbose=arguments.verbose)
@@ -59,7 +62,8 @@ def complete(request: Request, arguments: RunArguments) -> None:
         if arguments.show_exits:
             say(painter_of(runtime).legend())
         write = _json_writer if request.json else text_writer(runtime, arguments.show_exits)
-        interrupted = not answer(runtime, tokens, arguments, write)
+        with steering(plan, runtime, say) if plan else nullcontext() as pilot:
+            interrupted = not answer(runtime, tokens, arguments, write, pilot.token if pilot else lambda: None)
         if request.json:
             display.write_json({"summary": dataclasses.asdict(runtime.summary)})
         else:
@@ -84,8 +88,8 @@ def _watched(request: Request) -> AbstractContextManager[Meter]:
 def _check_energy(request: Request) -> None:
     """Raises UsageError for an idle power that is none, and for what is not needed."""
     idle_w = request.idle_power_w
-    if request.device is not None and not request.energy:
-        raise UsageError("--device means nothing without --energy", "add --energy")
+    if request.device is not None and not (request.energy or request.steering.wanted):
+        raise UsageError("--device means nothing without --energy or a target", "add --energy, or as in --target quiet")
     if idle_w is not None and not request.energy:
         raise UsageError("--idle-power means nothing without --energy", "add --energy")
     if idle_w is not None and not 0 <= idle_w < math.inf:
@@ -106,12 +110,19 @@ def _tell_what_is_missing(meter: Meter, summary: Summary, say: Callable[[str], N
         say("warning: the machine was not seen idle before, so nothing is known above idle: --idle-power can say it")
 
 
-def answer(runtime: Runtime, tokens: list[int], arguments: RunArguments, write: Callable[[Chunk | None], None]) -> bool:
-    """Stream the answer into `write`, then None; False if Ctrl-C ended it."""
+def answer(
+    runtime: Runtime,
+    tokens: list[int],
+    arguments: RunArguments,
+    write: Callable[[Chunk | None], None],
+    after: Callable[[], None] = lambda: None,
+) -> bool:
+    """Stream the answer into `write`, calling `after` behind each token, then None; False if Ctrl-C ended it."""
     try:
         with closing(runtime.stream(tokens, arguments.max_tokens, arguments.stop)) as chunks:
             for chunk in chunks:
                 write(chunk)
+                after()
         return True
     except KeyboardInterrupt:
         return False
