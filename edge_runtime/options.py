@@ -145,7 +145,7 @@ class RunArguments:
 
 def expand_arguments(verb: Callable[..., None]) -> Callable[..., None]:
     """Let Typer see each field of a RunArguments parameter of `verb` as an option of its own."""
-    hints = typing.get_type_hints(verb, include_extras=True)
+    hints = _annotations(verb)
     (name,) = (n for n, hint in hints.items() if hint is RunArguments)
     own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(verb).parameters.items() if n != name]
     field_hints = typing.get_type_hints(RunArguments, include_extras=True)
@@ -164,6 +164,15 @@ def expand_arguments(verb: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded
+
+
+def _annotations(verb: Callable[..., None]) -> dict[str, Any]:
+    """The parameters' annotations, without the Optional that Python 3.10 puts around those whose default is None."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    return {
+        name: next((part for part in typing.get_args(hint) if typing.get_origin(part) is Annotated), hint)
+        for name, hint in hints.items()
+    }
 
 
 def _default(argument: dataclasses.Field[Any]) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import typing
+from typing import Annotated, Optional
 
 import pytest
 
 from edge_runtime.errors import BoundaryError, UsageError
 from edge_runtime.generate import DRAFTS
 from edge_runtime.native import KvType
-from edge_runtime.options import RunArguments, parse_boundaries, parse_thresholds, run_options
+from edge_runtime.options import RunArguments, _annotations, parse_boundaries, parse_thresholds, run_options
 from edge_runtime.types import Mode
 
 
@@ -77,3 +78,17 @@ def test_a_seed_is_drawn_only_where_chance_decides() -> None:
 def test_settings_out_of_range(arguments: RunArguments) -> None:
     with pytest.raises(UsageError, match="out of range"):
         run_options(arguments)
+
+
+def test_an_option_that_may_be_missing_stays_an_option() -> None:
+    """As Python 3.10 sees parameters whose default is None."""
+
+    def verb(
+        wrapped: Optional[Annotated[str | None, "an option"]] = None,  # noqa: UP045
+        plain: Annotated[int, "a number"] = 0,
+    ) -> None:
+        pass
+
+    found = _annotations(verb)
+    assert found["wrapped"] == Annotated[str | None, "an option"]
+    assert found["plain"] == Annotated[int, "a number"]
