@@ -21,6 +21,7 @@ _RELAXED = "\x1b[30;48;5;215m"
 # black on light backgrounds, which also show spaces: green for the earliest boundary, then towards yellow
 _EXIT_COLOURS = tuple(f"\x1b[30;48;5;{n}m" for n in (120, 123, 159, 183, 223, 229))
 _WELL_COVERED = 0.95  # share of an answer's time; below it, its energy comes with the share
+_ROUNDING = 1e-9  # a difference of two energies that is smaller than this share of them is none
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -180,9 +181,11 @@ def _energy_line(summary: Summary) -> list[str]:
         return []
     parts = []
     if summary.energy_per_token_j is not None:
-        net = summary.net_energy_per_token_j
+        gross, net = summary.energy_per_token_j, summary.net_energy_per_token_j
+        if net is not None and abs(net) < _ROUNDING * gross:
+            net = 0.0
         above = "" if net is None else f", {_short(net, 2)} above idle"
-        parts.append(f"{_short(summary.energy_per_token_j, 2)} J per token{above}")
+        parts.append(f"{_short(gross, 2)} J per token{above}")
     if summary.prefill_energy_j is not None:
         parts.append(f"prefill {_short(summary.prefill_energy_j, 3)} J")
     if summary.energy_covered is not None and summary.energy_covered < _WELL_COVERED:

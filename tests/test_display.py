@@ -137,6 +137,8 @@ def test_energy_comes_with_its_source_and_with_what_is_known_of_it() -> None:
     )
     large = summary(energy_j=12345.6, energy_per_token_j=123.4, energy_source="measured", net_energy_per_token_j=-0.25)
     assert footer(large, seeded=False)[-1] == "energy 12346 J measured (123 J per token, -0.25 above idle)"
+    idle = summary(energy_j=2.0, energy_per_token_j=0.5, energy_source="measured", net_energy_per_token_j=1.1e-19)
+    assert "0 above idle" in footer(idle, seeded=False)[-1]  # 4 W minus 4 W, but for the last bit
     one_token = summary(energy_j=2.0, prefill_energy_j=2.0, energy_source="estimated", energy_covered=1.0)
     assert footer(one_token, seeded=False)[-1] == "energy 2 J estimated (prefill 2 J)"
 

@@ -172,6 +172,7 @@ class Socket:
 @pytest.fixture
 def generate(tiny_path: TinyMaker, monkeypatch: pytest.MonkeyPatch) -> Sequence[object]:
     monkeypatch.setattr(steering, "detect", lambda *_: [Socket()])
+    monkeypatch.setattr(steering, "token_times_ms", lambda *_: {1: 10.0, 2: 6.0})
     monkeypatch.setattr(module, "STEP_S", 0.0)  # a decision after each token
     monkeypatch.setattr(steering.time, "sleep", lambda _seconds: None)
     return "generate", "-m", tiny_path("llama", tokenizer=True), "--threads", 2, "-n", 12, "--raw", "hello"
