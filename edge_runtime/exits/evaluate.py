@@ -123,7 +123,7 @@ class Recorder:
         """The next logits are of `text`'s targets."""
         self._text, self._rows, self._named, self._guessed, self._drawn = text, [], [], [], []
         self._places = self._places_of(text.targets("top_ids"))
-        self._stability = np.full(len(self._places), np.nan, np.float32)
+        self._stability: Floats = np.full(len(self._places), np.nan, np.float32)
         if previous_layer is not None:
             rows = text.target_rows
             self._stability = cosines(text.states(self._layer)[rows], text.states(previous_layer)[rows])

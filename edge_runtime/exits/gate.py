@@ -217,7 +217,7 @@ def logistic_regression(inputs: _Numbers, targets: _Numbers, penalty: float) -> 
         score = design @ theta
         return float((np.logaddexp(0.0, score) - targets * score).sum() + 0.5 * (ridge * theta * theta).sum())
 
-    theta = np.zeros(design.shape[1])
+    theta: _Numbers = np.zeros(design.shape[1])
     theta[-1] = math.log(targets.mean() / (1 - targets.mean()))
     value = loss(theta)
     for _ in range(_STEPS):

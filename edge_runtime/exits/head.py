@@ -101,7 +101,8 @@ class HeadWeights:
 
     def table(self, output_rows: Floats) -> Floats:
         """Output table (n_rows, n_embd), given the model's output rows (n_rows - 1, n_embd) of the shortlist."""
-        return np.concatenate([output_rows @ self.projection, self.tensors["other"][None]]).astype(np.float32)
+        table: Floats = np.concatenate([output_rows @ self.projection, self.tensors["other"][None]]).astype(np.float32)
+        return table
 
 
 def output_rows(model_path: Path | str, ids: TokenIds) -> Floats:

@@ -126,7 +126,8 @@ def tally(thresholds: Numbers, heard: Sequence[Heard], uncertainties: Sequence[F
     columns = _columns(heard, uncertainties)
     prompts, place = np.unique(heard[0].prompts, return_inverse=True)
     n, n_candidates = len(prompts), len(thresholds)
-    exits, errors, refused = (np.zeros((n, n_candidates)) for _ in range(3))
+    exits, errors = (np.zeros((n, n_candidates)) for _ in range(2))
+    refused: Numbers = np.zeros((n, n_candidates))
     by_boundary = np.zeros((n_candidates, len(columns)))
     taken = np.full(len(place), n_candidates)  # the first candidate by which an earlier boundary takes the token
     for b, (item, column) in enumerate(zip(heard, columns, strict=True)):

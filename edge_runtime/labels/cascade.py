@@ -101,7 +101,7 @@ def candidates(
     """
     n_stages, n_labels = len(weighed), weighed[0].shape[1]
     last_right = weighed[-1].argmax(axis=1) == truth
-    chosen = [np.full((n_stages, n_labels), NEVER, np.float32)]
+    chosen: list[Floats] = [np.full((n_stages, n_labels), NEVER, np.float32)]
     chosen[0][-1] = 0
     for level in levels:
         thresholds = chosen[0].copy()

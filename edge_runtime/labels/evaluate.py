@@ -233,7 +233,7 @@ def _ask_all_stages(
     pack: LabelPack, model: Model, texts: Sequence[str], options: EvaluateOptions, reporter: Reporter
 ) -> _Answers:
     n, n_stages = len(texts), len(pack.layers)
-    raw = [np.empty((n, len(pack.labels)), np.float32) for _ in range(n_stages)]
+    raw: list[Floats] = [np.empty((n, len(pack.labels)), np.float32) for _ in range(n_stages)]
     new_shares = np.empty(n, np.float32)
     novelty = None if pack.states is None else np.empty(n, np.float32)
     n_tokens = np.zeros(n, np.int64)

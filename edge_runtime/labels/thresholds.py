@@ -88,7 +88,7 @@ def settings_of(
     """Settings from the safest to the boldest, made from training rows only: each stage's out-of-fold probabilities."""
     weighed = [weigh(p, weights) for p in out_of_fold]
     counts = np.bincount(truth, minlength=len(weights))
-    row_weights = np.ones(len(truth), np.float32)
+    row_weights: Floats = np.ones(len(truth), np.float32)
     if objective == "macro-f1":
         row_weights = (len(truth) / (len(counts) * np.maximum(counts, 1)))[truth].astype(np.float32)
     losses = [-np.log(np.maximum(p[np.arange(len(truth)), truth], _LEAST)) for p in out_of_fold]
@@ -164,7 +164,8 @@ def apply(setting: Setting, rows: Evidence, weights: Floats) -> tuple[Outcome, N
 
 def left_with(outcome: Outcome, stages: Sequence[Floats]) -> Floats:
     """Probabilities (n, n_labels) of the stage at which each message left."""
-    return np.stack(stages)[outcome.stages, np.arange(len(outcome.stages))]
+    taken: Floats = np.stack(stages)[outcome.stages, np.arange(len(outcome.stages))]
+    return taken
 
 
 def references_of(rows: Evidence, weights: Floats, setting: Setting) -> dict[str, Reference]:
