@@ -82,14 +82,22 @@ class Pilot:
         self._rung: Rung | None = None
         self._since_s = self._token_s = 0.0
         self._n_tokens = 0
+        self._prompt = True  # its first token is still to come
 
     def begin(self) -> None:
         """Before an answer: take a rung by what the sensors say now."""
         self._decide(None)
-        self._token_s = self._now()
+        self._prompt = True
 
     def token(self) -> None:
-        """After each token: rest, if that is the rung, and decide anew when it is time."""
+        """After each token: rest, if that is the rung, and decide anew when it is time.
+
+        The first one came with the prompt, whose time says nothing of a token's and is not rested for.
+        """
+        if self._prompt:
+            self._prompt = False
+            self._since_s = self._token_s = self._now()
+            return
         self._n_tokens += 1
         if self._rung is not None and self._rung.rest:
             self._sleep((self._now() - self._token_s) * self._rung.rest / (1 - self._rung.rest))

@@ -111,9 +111,10 @@ def test_decisions_are_made_each_half_second_with_the_time_per_token() -> None:
     reading = Reading(99.0, temp_c=50.0)
     wheel = Wheel(FULL, reading=reading)
     wheel.pilot.begin()
+    wheel.tokens(1, 7.0)  # a long prompt, which is no token's time
     wheel.tokens(6, 0.125)
     told = [(o.time_s, o.reading, o.time_per_token_ms) for o in wheel.controller.told]
-    assert told == [(100.0, reading, None), (100.5, reading, 125.0)]
+    assert told == [(100.0, reading, None), (107.5, reading, 125.0)]
     wheel.tokens(1, 0.75)  # with the two that came since
     assert wheel.controller.told[-1].time_per_token_ms == pytest.approx(1000 / 3)
 
@@ -121,13 +122,15 @@ def test_decisions_are_made_each_half_second_with_the_time_per_token() -> None:
 def test_threads_are_set_when_the_rung_changes_and_not_otherwise() -> None:
     wheel = Wheel(FULL, FULL, RESTING, RESTING)
     wheel.pilot.begin()
-    wheel.tokens(8, 0.5)
+    wheel.tokens(9, 0.5)
     assert wheel.threads == [2, 1]
 
 
 def test_a_rest_is_its_share_of_the_time_and_counts_as_time_per_token() -> None:
     wheel = Wheel(RESTING)
     wheel.pilot.begin()
+    wheel.tokens(1, 5.0)
+    assert wheel.rests == []  # nobody rests for the prompt
     wheel.tokens(2, 0.0625)
     assert wheel.rests == [0.1875, 0.1875]
     assert wheel.controller.told[-1].time_per_token_ms == 250.0
