@@ -21,7 +21,7 @@ from .options import RunArguments, run_options, start_library
 from .profiles import choose_profile
 from .sensors.detect import detect, missing
 from .sensors.machine import Machine
-from .sensors.reading import PowerSource, Reading
+from .sensors.reading import Reading
 from .steering import SteeringRequest, plan_steering, steering
 from .summary import Summary
 from .templates import Message
@@ -79,10 +79,7 @@ def _watched(request: Request) -> AbstractContextManager[Meter]:
     """What reads the energy: this machine's sensors, or where none knows the power, its profile's model."""
     machine = Machine()
     profile = choose_profile(machine, platform.system(), platform.machine(), request.device).profile
-    model = None
-    if (power := profile.power) is not None:
-        model = PowerModel(power.static_w, power.active_w_per_core, power.joule_per_gb, PowerSource(power.label))
-    return watch(detect(machine, profile), request.idle_power_w, model)
+    return watch(detect(machine, profile), request.idle_power_w, PowerModel.of(profile))
 
 
 def _check_energy(request: Request) -> None:

@@ -18,7 +18,7 @@ from .pilot import STEP_S, Pilot, lossless_ladder, token_times_ms
 from .profiles import Profile, choose_profile
 from .sensors.detect import detect
 from .sensors.machine import Machine
-from .sensors.reading import PowerSource, Reading
+from .sensors.reading import Reading
 from .sensors.sampler import Sampler, Timing
 from .slices import default_threads
 from .types import Mode
@@ -88,13 +88,12 @@ def plan_steering(request: SteeringRequest, mode: Mode) -> Plan | None:
         raise UsageError(f"targets cannot be held in mode {mode.value}", "use --mode full or --mode verified")
     machine = Machine()
     profile = choose_profile(machine, platform.system(), platform.machine(), request.device).profile
-    targets, model = targets_of(request, profile), profile.power
-    if model is None:
+    targets, power = targets_of(request, profile), PowerModel.of(profile)
+    if power is None:
         raise UsageError(
             f"the device profile '{profile.name}' has no power model, so that settings cannot be compared",
             "name another one with --device, or add [power] to it: `edge-run energy calibrate` makes it",
         )
-    power = PowerModel(model.static_w, model.active_w_per_core, model.joule_per_gb, PowerSource(model.label))
     return Plan(request, machine, profile, power, targets)
 
 

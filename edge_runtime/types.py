@@ -15,15 +15,13 @@ from .errors import BoundaryError, UsageError
 Floats: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int32]
 
-DEFAULT_THETA = (
-    0.9  # how likely, beside full depth's first choice, a second choice must be for mode margin to accept it
-)
+DEFAULT_THETA = 0.9  # mode margin: how likely, beside full depth's first choice, a second one must be to be accepted
 
 
 class Mode(str, Enum):
     """What becomes of a token that left the network early."""
 
-    FULL = "full"  # no token leaves early: stock llama.cpp
+    FULL = "full"  # no token leaves early
     EXIT = "exit"  # published at once; its missing layers are computed later
     VERIFIED = "verified"  # a draft, published only if full depth agrees: lossless
     MARGIN = "margin"  # … or if it is full depth's second choice and nearly as likely as its first (MARS)
@@ -146,9 +144,7 @@ class EngineSettings:
     cap: int = 8
     audit_rate: float = 0.1  # share of exits compared with full depth in mode exit
     audit_seed: int = 0
-    theta: float = (
-        DEFAULT_THETA  # mode margin: a second choice is accepted if it is more than this times as likely as the first
-    )
+    theta: float = DEFAULT_THETA  # mode margin: a second choice more than this times as likely as the first is accepted
 
     def __post_init__(self) -> None:
         if self.cap < 1:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..profiles import Profile
 from ..sensors.reading import PowerSource, Reading
 
 
@@ -22,6 +23,14 @@ class PowerModel:
     active_w_per_core: float  # more for a core that is busy all the time
     joule_per_gb: float  # more for 10⁹ bytes of weights read
     label: PowerSource = PowerSource.ESTIMATED  # CALIBRATED after a fit; never MEASURED
+
+    @classmethod
+    def of(cls, profile: Profile) -> PowerModel | None:
+        """The model with the profile's coefficients; None if it has none."""
+        power = profile.power
+        if power is None:
+            return None
+        return cls(power.static_w, power.active_w_per_core, power.joule_per_gb, PowerSource(power.label))
 
     def __post_init__(self) -> None:
         """Raises ValueError for a model that claims to measure."""
