@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
 from edge_runtime.sensors.machine import Machine
 
 PMIC = """\
@@ -90,6 +92,18 @@ class Losing(Machine):
 
     def text(self, path: str) -> str | None:
         return None if fnmatch(path, self.lost) else Machine.text(self, path)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """Reading a path that ends so is not permitted, not even to root, who tests run as in a container."""
+    read_bytes = Path.read_bytes
+
+    def guarded(path: Path) -> bytes:
+        if str(path).endswith(ending):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
 
 
 def write(root: Path, files: Mapping[str, object]) -> None:

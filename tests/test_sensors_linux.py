@@ -24,6 +24,8 @@ from edge_runtime.sensors.linux import (
 from edge_runtime.sensors.machine import Machine
 from edge_runtime.sensors.reading import Battery, PowerSource, Reading
 
+from .board_trees import forbid
+
 THERMAL = "sys/class/thermal"
 HWMON = "sys/class/hwmon"
 SUPPLY = "sys/class/power_supply"
@@ -64,18 +66,6 @@ def zones(*kinds_and_temps: tuple[str, str | bytes]) -> dict[str, str | bytes]:
     pairs = enumerate(kinds_and_temps)
     files = [{f"{THERMAL}/thermal_zone{i}/type": k, f"{THERMAL}/thermal_zone{i}/temp": t} for i, (k, t) in pairs]
     return {name: content for zone in files for name, content in zone.items()}
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    """Reading a path that ends so is not permitted, not even to root, who tests run as in a container."""
-    read_bytes = Path.read_bytes
-
-    def guarded(path: Path) -> bytes:
-        if str(path).endswith(ending):
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", guarded)
 
 
 class VanishingMachine(Machine):

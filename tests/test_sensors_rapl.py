@@ -12,6 +12,8 @@ from edge_runtime.sensors.machine import Machine
 from edge_runtime.sensors.rapl import Counter, RaplSensor, explain, find_rapl, mean_power_w, power_source, total_w
 from edge_runtime.sensors.reading import PowerSource, Rail, Reading
 
+from .board_trees import forbid
+
 POWERCAP = "sys/class/powercap"
 RANGE_J = 262143.328850
 
@@ -40,18 +42,6 @@ def zones(root: Path, names: Mapping[str, str], range_j: float | None = RANGE_J)
 def spend(root: Path, joules: Mapping[str, float]) -> None:
     """Sets counters, in joules by number."""
     plant(root, {f"{POWERCAP}/intel-rapl:{n}/energy_uj": str(round(j * 1e6)) for n, j in joules.items()})
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    """Reading a path that ends so is not permitted, not even to root, who tests run as in a container."""
-    read_bytes = Path.read_bytes
-
-    def guarded(path: Path) -> bytes:
-        if str(path).endswith(ending):
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", guarded)
 
 
 def rails(reading: Reading) -> dict[str, float]:
