@@ -109,12 +109,10 @@ def _settled(trace: Trace) -> NDArray[np.bool_]:
 
 def _cap_share(trace: Trace, settled: NDArray[np.bool_]) -> float | None:
     """Against the cap or, where other programs and the most saving rung take more than it, against what those take."""
-    cap_w, machine = trace.scenario.targets.power_cap_w, trace.scenario.machine
+    scenario, cap_w = trace.scenario, trace.scenario.targets.power_cap_w
     if cap_w is None:
         return None
-    core_w = machine.core_w * trace.scenario.power_error
-    rest = trace.ladder.rungs[-1].rest
-    least_w = machine.static_w + core_w * np.minimum(machine.cores, trace.column("background") + 1 - rest)
+    least_w = [scenario.machine.least_w(cores, scenario.power_error) for cores in trace.column("background")]
     width = round(_CAP_WINDOW_S / PERIOD_S)
     share = _moving_mean(trace.column("power_w") / np.maximum(cap_w, least_w), width)
     whole = _moving_mean(settled.astype(np.float64), width) > 1 - 1e-9

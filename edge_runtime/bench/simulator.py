@@ -46,9 +46,12 @@ def physics_at_rest(machine: MachineModel, ambient_c: float, battery_j: float = 
 
 
 def pass_time(
-    state: Physics, machine: MachineModel, busy_cores: float, ambient_c: float, core_w: float
+    state: Physics, machine: MachineModel, busy_cores: float, ambient_c: float, core_w: float, gb_per_s: float = 0.0
 ) -> tuple[Physics, float]:
-    """The state one period later, and the mean power in W, with `busy_cores` at work on average."""
+    """The state one period later, and the mean power in W, with `busy_cores` at work on average.
+
+    `core_w` and `gb_per_s`, of weights read, are those at full frequency.
+    """
     board_c, chip_c, throttled, energy_j = state.board_c, state.chip_c, state.throttled, 0.0
     followed = -math.expm1(-_STEP_S / _CHIP_S)
     for _ in range(round(PERIOD_S / _STEP_S)):
@@ -56,6 +59,7 @@ def pass_time(
         # voltage falls with frequency, so that power falls with more than its square
         speed = machine.throttled_speed if throttled else 1.0
         power_w = machine.static_w + core_w * min(busy_cores, machine.cores) * speed**2.5
+        power_w += machine.power.joule_per_gb * gb_per_s * speed
         flow_w = power_w - (board_c - ambient_c) / machine.board_c_per_w
         board_c += flow_w * _STEP_S / machine.capacity_j_per_c
         chip_c += (board_c + power_w * machine.chip_c_per_w - chip_c) * followed
@@ -115,6 +119,7 @@ class _Run:
         self._random = np.random.default_rng([scenario.seed, *scenario.name.encode()])
         charge_j = scenario.battery_j * scenario.battery_percent / 100
         self._physics = physics_at_rest(scenario.machine, scenario.ambient_c.at(0.0), charge_j)
+        self._told_w = scenario.machine.static_w  # power in the last period, as a sensor or the profile's model has it
         self._started = 0.0  # share of the next token that is done
         self._counts = AuditCounts()
 
@@ -142,9 +147,12 @@ class _Run:
         speed = machine.throttled_speed if self._physics.throttled else 1.0
         working_ms = machine.full_ms_on(rung.n_threads) * mix_of(rung).factor(hard) * scenario.speed_error
         token_ms = working_ms * crowd / speed / (1 - rung.rest)
-        busy = rung.n_threads * (1 - rung.rest) + others
+        busy = min(machine.cores, rung.n_threads * (1 - rung.rest) + others)
+        gb_per_s = machine.gb_per_s(rung.n_threads) * (1 - rung.rest) / crowd / scenario.speed_error
         core_w = machine.core_w * scenario.power_error
-        self._physics, power_w = pass_time(self._physics, machine, busy, ambient_c, core_w)
+        self._physics, power_w = pass_time(self._physics, machine, busy, ambient_c, core_w, gb_per_s)
+        estimate_w = machine.power.power_w(busy / machine.cores, machine.cores, gb_per_s * speed)
+        self._told_w = power_w if machine.measures_power else estimate_w
         tokens, exits, wrong = self._publish(rung, token_ms, hard, audit_rate, scenario.wrong.at(time_s))
         return Moment(
             time_s=time_s,
@@ -184,12 +192,11 @@ class _Run:
         """What the machine's sensors say, with noise, in steps, and not always."""
         scenario, machine, state = self._scenario, self._machine, self._physics
         gone = {sensor for sensor, start, end in scenario.dead if start <= time_s < end}
-        power_w = last.power_w if last else machine.static_w
         reading = Reading(
             time_s,
             temp_c=round((state.chip_c + _TEMP_NOISE_C * noise[0]) / machine.temp_step_c) * machine.temp_step_c,
-            power_w=power_w * (1 + _RELATIVE_NOISE * noise[1]),
-            power_source=PowerSource.MEASURED if machine.measures_power else PowerSource.ESTIMATED,
+            power_w=self._told_w * (1 + _RELATIVE_NOISE * noise[1]),
+            power_source=PowerSource.MEASURED if machine.measures_power else machine.power.label,
             throttled_now=frozenset({"throttled"} if state.throttled else ()),
             battery=Battery(100 * state.battery_j / scenario.battery_j, charging=False) if scenario.battery_j else None,
         )
