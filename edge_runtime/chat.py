@@ -10,19 +10,24 @@ from dataclasses import dataclass, field
 
 from . import display
 from .completion import answer, painter_of, text_writer
+from .energy.account import worst
 from .errors import EdgeError, ModelError, UsageError
 from .generate import Chunk, Runtime
 from .options import RunArguments, run_options, start_library
+from .sensing import Sensing, SensingPlan, Steered, plan_sensing, sensing
+from .sensing_options import SensingArguments
+from .sensors.reading import PowerSource
+from .summary import Summary
 from .templates import Message
 from .text import check_text, decode_prompt
 from .types import Mode
 
 HELP = """\
 /help           this list
-/stats          how full the context is, and how the answers came about
+/stats          how full the context is, how the answers came about, and their energy
 /reset          forget the conversation, keep the system message
 /system TEXT    another system message from here on; none without TEXT
-/mode NAME      full, exit, verified or margin
+/mode NAME      auto, full, exit, verified or margin
 /quit           leave; so do Ctrl-D, and Ctrl-C at the prompt
 Ctrl-C          stops an answer; what there is of it stays
 A message that begins with / needs a space in front."""
@@ -51,27 +56,61 @@ class Conversation:
         return tokens, n_before - len(self.turns)
 
 
-def chat(arguments: RunArguments) -> None:
+@dataclass(slots=True)
+class EnergySum:
+    """The energy of several answers, as far as it is known."""
+
+    gross_j: float = 0.0
+    n_known: int = 0  # answers
+    n_answers: int = 0
+    sources: set[PowerSource] = field(default_factory=set)
+
+    def add(self, summary: Summary) -> None:
+        """Count an answer, also one that was stopped; none that has not begun."""
+        if summary.generated_tokens == 0:
+            return
+        self.n_answers += 1
+        if summary.energy_j is not None and summary.energy_source is not None:
+            self.gross_j += summary.energy_j
+            self.n_known += 1
+            self.sources.add(PowerSource(summary.energy_source))
+
+    def __str__(self) -> str:
+        known = f"{self.n_known} of {self.n_answers} answers" if self.n_known < self.n_answers else "all answers"
+        return f"{self.gross_j:,.2f} J {worst(self.sources).value}, of {known}"
+
+
+def chat(arguments: RunArguments, sensed: SensingArguments) -> None:
     """Talk until the input ends."""
     options = run_options(arguments)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
+    plan = plan_sensing(sensed, arguments.device, options, say)
     start_library(verbose=arguments.verbose)
-    with Runtime(options, lambda text: say(f"warning: {text}"), say) as runtime:
+    with (
+        sensing(plan, say) as sensors,
+        Runtime(options, lambda text: say(f"warning: {text}"), say, sensors.meter) as runtime,
+    ):
         if runtime.template is None:
             raise ModelError(f"{runtime.header.path} has no chat template", "use `edge-run generate --raw`")
-        session = ChatSession(runtime, arguments, say)
-        on_terminal = _on_terminal()
-        if on_terminal:
-            say(f"{runtime.header.name or arguments.model}, mode {options.mode.value}. /help lists what can be typed.")
-        read = _terminal_reader() if on_terminal else _read_pipe
-        while (line := _read_line(read, on_terminal)) is not None:
-            try:
-                if not session.take(line):
-                    return
-            except EdgeError as error:
-                if not on_terminal:
-                    raise
-                display.tell(f"error: {error}")
+        with Steered(sensors, runtime) as steered:
+            _talk(ChatSession(runtime, arguments, say, steered), say)
+
+
+def _talk(session: ChatSession, say: Callable[[str], None]) -> None:
+    """Take lines until they end; on a terminal, go on after mistakes."""
+    runtime, on_terminal = session.runtime, _on_terminal()
+    if on_terminal:
+        name, mode = runtime.header.name or session.arguments.model, runtime.options.mode.value
+        say(f"{name}, mode {mode}. /help lists what can be typed.")
+    read = _terminal_reader() if on_terminal else _read_pipe
+    while (line := _read_line(read, on_terminal)) is not None:
+        try:
+            if not session.take(line):
+                return
+        except EdgeError as error:
+            if not on_terminal:
+                raise
+            display.tell(f"error: {error}")
 
 
 def _on_terminal() -> bool:
@@ -115,8 +154,17 @@ def _read_pipe() -> str | None:
 class ChatSession:
     """Takes lines, one after the other: commands and messages."""
 
-    def __init__(self, runtime: Runtime, arguments: RunArguments, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        arguments: RunArguments,
+        say: Callable[[str], None],
+        steered: Steered | None = None,
+    ) -> None:
+        """`steered` holds the targets and knows the sensors, if there are any."""
         self.runtime, self.arguments, self.say = runtime, arguments, say
+        self._steered = steered or Steered(Sensing(SensingPlan(), say), runtime)
+        self._energy = EnergySum()
         system = arguments.system
         self._show_legend()
         self.conversation = Conversation(None if system is None else check_text(system, "--system"))
@@ -180,11 +228,13 @@ class ChatSession:
                 parts.append(chunk.text)
             print_chunk(chunk)
 
-        if not answer(self.runtime, tokens, self.arguments, write):
-            self.say("[stopped]")
-        else:
-            for text in display.footer(self.runtime.summary, seeded=False):
-                self.say(f"[{text}]")
+        self._steered.begin()
+        whole = answer(self.runtime, tokens, self.arguments, write, self._steered.token)
+        summary = self.runtime.summary
+        self._energy.add(summary)
+        for text in display.footer(summary, seeded=False) if whole else ["stopped"]:
+            self.say(f"[{text}]")
+        self._steered.sensing.tell_gaps(summary)
         return "".join(parts)
 
     def _show_stats(self) -> None:
@@ -197,6 +247,8 @@ class ChatSession:
         if stats.relaxed:
             display.tell(f"accepted as full depth's second choice: {stats.relaxed} ({stats.changed:.1%} of the tokens)")
         display.tell(f"audited exits that full depth disagreed with: {stats.disagreed} of {stats.audited}")
+        if self._energy.n_known:
+            display.tell(f"energy: {self._energy}")
         display.tell(f"seed: {self.runtime.options.sampling.seed}")
 
     def _reset(self) -> None:
@@ -212,7 +264,7 @@ class ChatSession:
         modes = [mode.value for mode in Mode]
         if name not in modes:
             raise UsageError(f"there is no mode '{name}'", f"give one of {', '.join(modes)}")
-        self.runtime.reopen(dataclasses.replace(self.runtime.asked, mode=Mode(name)))
+        self._steered.reopen(dataclasses.replace(self.runtime.asked, mode=Mode(name)))
         self.say(f"mode {name}")
         self._show_legend()
 

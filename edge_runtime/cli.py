@@ -14,7 +14,6 @@ from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
 from .options import (
     BoundariesOption,
-    DeviceOption,
     JsonOption,
     ModelOption,
     RunArguments,
@@ -22,6 +21,7 @@ from .options import (
     VerboseOption,
     expand_arguments,
 )
+from .sensing_options import SensingArguments
 from .sensors_cli import SENSORS_EPILOG, sensors
 
 app = typer.Typer(
@@ -75,6 +75,7 @@ Examples:
   edge-run generate --json --file prompt.txt | jq .depth
   edge-run generate --energy "Why is the sky blue?"
   edge-run generate --power-cap 5 --temp-ceiling 70 --explain "Tell me about Paris."
+  edge-run generate --target quiet --explain --replay heat.jsonl "Tell me about Paris."
   git diff | edge-run generate --system "Summarise this change."
 
 \b
@@ -84,51 +85,18 @@ With --json: one object per token, whose texts joined are the answer, then {"sum
 @expand_arguments
 def generate(
     run: RunArguments,
+    sensing: SensingArguments,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing: from a pipe.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")
     ] = False,
     as_json: JsonOption = False,
-    energy: Annotated[
-        bool, typer.Option("--energy", help="Say what energy the answer used, where sensors know the power.")
-    ] = False,
-    idle_power: Annotated[
-        float | None,
-        typer.Option(
-            "--idle-power",
-            help="With --energy: power of the idle machine in watts.",
-            show_default="measured before",
-            metavar="WATT",
-        ),
-    ] = None,
-    device: DeviceOption = None,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", help="Hold the profile's targets of this name: battery, quiet, balanced or fast."),
-    ] = None,
-    power_cap: Annotated[
-        float | None, typer.Option("--power-cap", help="Hold the board's power at or below this.", metavar="WATT")
-    ] = None,
-    temp_ceiling: Annotated[
-        float | None, typer.Option("--temp-ceiling", help="Hold the temperature at or below this.", metavar="CELSIUS")
-    ] = None,
-    latency: Annotated[
-        float | None, typer.Option("--latency", help="Take at most so long for a token.", metavar="MS")
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say what is changed to hold the targets, and why.")
-    ] = False,
-    control_log: Annotated[
-        Path | None, typer.Option("--control-log", help="Append each change to this file, as JSON.", metavar="FILE")
-    ] = None,
 ) -> None:
     """Answer one prompt."""
     from .completion import Request, complete
-    from .steering import SteeringRequest
 
-    steering = SteeringRequest(target, power_cap, temp_ceiling, latency, explain, control_log, device)
-    complete(Request(prompt, file, raw, as_json, energy, idle_power, device, steering), run)
+    complete(Request(prompt, file, raw, as_json), run, sensing)
 
 
 @app.command(
@@ -136,6 +104,7 @@ def generate(
 Examples:
   edge-run chat
   edge-run chat --mode verified --show-exits --system "Answer briefly."
+  edge-run chat --energy --temp-ceiling 70 --explain
   printf 'Hello\\nWho was Ada Lovelace?\\n' | edge-run chat --quiet
 
 \b
@@ -143,11 +112,11 @@ Examples:
 computed between turns. When the context is full, the oldest turns are dropped, and a note says so."""
 )
 @expand_arguments
-def chat(run: RunArguments) -> None:
+def chat(run: RunArguments, sensing: SensingArguments) -> None:
     """Talk with a model."""
     from .chat import chat
 
-    chat(run)
+    chat(run, sensing)
 
 
 @app.command(
@@ -181,6 +150,7 @@ def lens(
 Examples:
   edge-run doctor
   edge-run doctor --model ./model.gguf
+  edge-run doctor --replay day.jsonl
   edge-run doctor --json
 
 \b
@@ -188,12 +158,16 @@ Exit code 1 if something needed is missing."""
 )
 def doctor(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Also check this model.", metavar="MODEL")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="Look at this recording of sensors instead of the machine's.", metavar="FILE"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the installation."""
     from .doctor import doctor
 
-    if not doctor(model, as_json=as_json):
+    if not doctor(model, as_json=as_json, replay=replay):
         raise typer.Exit(1)
 
 

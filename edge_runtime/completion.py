@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import platform
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import display
-from .energy.live import watch
-from .energy.model import PowerModel
-from .energy.request import Meter
 from .errors import PromptError, UsageError
 from .generate import Chunk, Runtime
 from .options import RunArguments, run_options, start_library
-from .profiles import choose_profile
-from .sensors.detect import detect, missing
-from .sensors.machine import Machine
-from .sensors.reading import Reading
-from .steering import SteeringRequest, plan_steering, steering
-from .summary import Summary
+from .sensing import Steered, plan_sensing, sensing
+from .sensing_options import SensingArguments
 from .templates import Message
 from .text import check_text, decode_prompt
 
@@ -36,75 +27,37 @@ class Request:
     file: Path | None
     raw: bool
     json: bool
-    energy: bool = False
-    idle_power_w: float | None = None  # None: measured before the model is loaded
-    device: str | None = None  # name or path of a profile; None: the one that fits
-    steering: SteeringRequest = field(default_factory=SteeringRequest)
 
 
-def complete(request: Request, arguments: RunArguments) -> None:
+def complete(request: Request, arguments: RunArguments, sensed: SensingArguments) -> None:
     """Answer on stdout, the rest on stderr. Raises KeyboardInterrupt after the footer of an interrupted answer."""
     if request.json and arguments.show_exits:
         raise UsageError("--json and --show-exits exclude each other", "each JSON object has its token's depth")
     if request.raw and arguments.system is not None:
         raise UsageError("--system needs the chat template that --raw leaves out", "write it into the prompt")
-    _check_energy(request)
     options = run_options(arguments)
-    plan = plan_steering(request.steering, options.mode)
-    prompt = read_prompt(request.prompt, request.file)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
+    plan = plan_sensing(sensed, arguments.device, options, say)
+    prompt = read_prompt(request.prompt, request.file)
     start_library(verbose=arguments.verbose)
     with (
-        _watched(request) if request.energy else nullcontext() as meter,
-        Runtime(options, lambda text: say(f"warning: {text}"), say, meter) as runtime,
+        sensing(plan, say) as sensors,
+        Runtime(options, lambda text: say(f"warning: {text}"), say, sensors.meter) as runtime,
     ):
         tokens = _tokens(runtime, prompt, request.raw, arguments.system, say)
         if arguments.show_exits:
             say(painter_of(runtime).legend())
         write = _json_writer if request.json else text_writer(runtime, arguments.show_exits)
-        with steering(plan, runtime, say) if plan else nullcontext() as pilot:
-            interrupted = not answer(runtime, tokens, arguments, write, pilot.token if pilot else lambda: None)
+        with Steered(sensors, runtime) as steered:
+            interrupted = not answer(runtime, tokens, arguments, write, steered.token)
         if request.json:
             display.write_json({"summary": dataclasses.asdict(runtime.summary)})
         else:
             for line in display.footer(runtime.summary, seeded=arguments.temperature > 0):
                 say(line)
-        if meter is not None:
-            _tell_what_is_missing(meter, runtime.summary, say)
+        sensors.tell_gaps(runtime.summary)
     if interrupted:
         raise KeyboardInterrupt
-
-
-def _watched(request: Request) -> AbstractContextManager[Meter]:
-    """What reads the energy: this machine's sensors, or where none knows the power, its profile's model."""
-    machine = Machine()
-    profile = choose_profile(machine, platform.system(), platform.machine(), request.device).profile
-    return watch(detect(machine, profile), request.idle_power_w, PowerModel.of(profile))
-
-
-def _check_energy(request: Request) -> None:
-    """Raises UsageError for an idle power that is none, and for what is not needed."""
-    idle_w = request.idle_power_w
-    if request.device is not None and not (request.energy or request.steering.wanted):
-        raise UsageError("--device means nothing without --energy or a target", "add --energy, or as in --target quiet")
-    if idle_w is not None and not request.energy:
-        raise UsageError("--idle-power means nothing without --energy", "add --energy")
-    if idle_w is not None and not 0 <= idle_w < math.inf:
-        raise UsageError(f"{idle_w} W is no power of an idle machine", "give watts, as in --idle-power 2.5")
-
-
-def _tell_what_is_missing(meter: Meter, summary: Summary, say: Callable[[str], None]) -> None:
-    """Why the energy, or the part above idling, is not known."""
-    if summary.generated_tokens == 0:
-        return
-    if summary.energy_j is None:
-        machine = Machine()
-        lack = next((m for m in missing(machine, Reading(0.0)) if m.what == "power"), None)
-        say(f"warning: the energy is not known: {lack.why if lack else 'no sensor tells the power'}")
-        if lack and lack.hint:
-            say(f"hint: {lack.hint}")
-    elif meter.idle_w is None and summary.net_energy_per_token_j is None:
-        say("warning: the machine was not seen idle before, so nothing is known above idle: --idle-power can say it")
 
 
 def answer(

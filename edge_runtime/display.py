@@ -159,13 +159,15 @@ def footer(summary: Summary, *, seeded: bool) -> list[str]:
 def _depth_line(summary: Summary) -> list[str]:
     if summary.mean_depth is None:
         return []
-    depth = f"mode {summary.mode}: mean depth {summary.mean_depth:.1f} of {summary.n_layer} layers"
-    if summary.mode == Mode.FULL.value:
+    mode = Mode(summary.played or summary.mode)
+    name = f"auto, {mode.value}" if summary.mode == Mode.AUTO.value else mode.value
+    depth = f"mode {name}: mean depth {summary.mean_depth:.1f} of {summary.n_layer} layers"
+    if mode is Mode.FULL:
         return [depth]
-    if Mode(summary.mode).verifies:
+    if mode.verifies:
         share = "" if summary.acceptance is None else f" ({summary.acceptance:.0%})"
         drafts = f"{summary.accepted} of {summary.drafted} drafts accepted{share}"
-        if summary.mode == Mode.VERIFIED.value:
+        if mode is Mode.VERIFIED:
             return [f"{depth}, every token confirmed there, {drafts}"]
         changed = "" if summary.changed is None else f" ({summary.changed:.1%})"
         relaxed = f"{summary.relaxed} of {summary.generated_tokens} tokens{changed}"

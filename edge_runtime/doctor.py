@@ -21,7 +21,6 @@ import psutil
 from . import __version__, display
 from ._library import ENV_BINDINGS, ENV_OURS, library_dir
 from .errors import EdgeError
-from .generate import checked_header
 from .memory import machine_memory
 from .models import DEMO_HINT, DEMO_MODEL, demo_model_path
 from .native import (
@@ -35,10 +34,12 @@ from .native import (
     struct_sizes,
     weight_bytes,
 )
-from .profiles import Profile, choose_profile, describe
+from .profiles import Profile, choose_profile, describe, run_defaults, usable_cores
+from .resolve import checked_header
 from .sensors.detect import detect, missing
 from .sensors.machine import Machine, Sensor
 from .sensors.reading import combine
+from .sensors.recording import read_recording
 from .sensors.sampler import SensorGroup
 from .sensors_view import summary
 from .slices import default_threads
@@ -77,8 +78,8 @@ class Check:
         return self.status in (Status.MISSING, Status.PROBLEM)
 
 
-def examine(model: str | None) -> list[Check]:
-    """Every check, in the order in which things build on each other."""
+def examine(model: str | None, replay: Path | None = None) -> list[Check]:
+    """Every check, in the order in which things build on each other; `replay` is a recording instead of the sensors."""
     checks = [_python(), _bindings(), _library_files(), *_manifest(library_dir())]
     try:
         api = load()
@@ -86,16 +87,17 @@ def examine(model: str | None) -> list[Check]:
         checks.append(Check("library", Status.PROBLEM, error.message, error.hint))
     else:
         checks += _loaded_library(api)
-    profile, found = _device_profile()
-    checks += [_threads(), _memory(), profile, *_sensors(Machine(), found), _demo_model()]
+    device, profile = _device_profile()
+    sensors = _sensors(Machine(), profile) if replay is None else _recorded_sensors(replay)
+    checks += [*_run_defaults(profile), _memory(), device, *sensors, _demo_model()]
     if model is not None:
         checks += _model(model)
     return [*checks, _matplotlib(), *_build_tools()]
 
 
-def doctor(model: str | None, *, as_json: bool) -> bool:
+def doctor(model: str | None, *, as_json: bool, replay: Path | None = None) -> bool:
     """Print the checks; True if nothing needed is missing."""
-    checks = examine(model)
+    checks = examine(model, replay)
     healthy = not any(check.fails for check in checks)
     if as_json:
         display.write_json({"healthy": healthy, "checks": [dataclasses.asdict(check) for check in checks]})
@@ -189,14 +191,19 @@ def _kernels(names: tuple[str, ...]) -> Check:
     return Check("kernels", Status.OK, f"edge: {names[0]}{others}; for {', '.join(kernel_weight_types())}")
 
 
-def _threads() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = psutil.cpu_count(logical=False) or "unknown"
-    return Check(
-        "threads",
-        Status.OK,
-        f"{default_threads()}: the machine has {cores} physical cores, this process may use {usable}",
+def _run_defaults(profile: Profile | None) -> Iterator[Check]:
+    """How many threads compute and how many prompt tokens at once, where nobody says otherwise, and why."""
+    usable, cores = usable_cores(), psutil.cpu_count(logical=False) or "unknown"
+    defaults = run_defaults(profile or Profile(""), usable)
+    threads = f"{default_threads()}, one per physical core"
+    if profile is not None and defaults.n_threads:
+        threads = f"{defaults.n_threads}, of the {profile.n_threads} that the device profile {profile.name} says"
+    has = f"the machine has {cores} physical cores, this process may use {usable}"
+    yield Check("threads", Status.OK, f"{threads}: {has}")
+    why = (
+        f"as the device profile {profile.name} says" if profile and profile.n_ubatch else "no device profile says more"
     )
+    yield Check("batch", Status.OK, f"{defaults.n_batch} prompt tokens at once, {why}")
 
 
 def _memory() -> Check:
@@ -241,6 +248,27 @@ def _sensors(
     if silent:
         yield Check("silent sensors", Status.OPTIONAL, ", ".join(silent))
     for lack in missing(machine, reading):
+        yield Check(f"no {lack.what}", Status.OPTIONAL, lack.why, lack.hint)
+
+
+def _recorded_sensors(path: Path) -> Iterator[Check]:
+    """Which sensors answered in a recording, what they knew first, and what none of them knew."""
+    warnings: list[str] = []
+    try:
+        recording = read_recording(path, warnings.append)
+    except EdgeError as error:
+        yield Check("sensors", Status.PROBLEM, error.message, error.hint)
+        return
+    readings = recording.readings
+    known = combine(readings[0].time_s, readings)
+    seconds = readings[-1].time_s - readings[0].time_s
+    names = ", ".join(known.sensors) or "sensors without a name"
+    where = f"a replay of {path}, from {recording.machine}"
+    told = f"{where}: {len(readings):,} readings in {seconds:.0f} s by {names}, at first {summary(known)}"
+    yield Check("sensors", Status.OK, display.harmless(told))
+    for text in warnings:
+        yield Check("recording", Status.OPTIONAL, display.harmless(text))
+    for lack in missing(None, known):
         yield Check(f"no {lack.what}", Status.OPTIONAL, lack.why, lack.hint)
 
 

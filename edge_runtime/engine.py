@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class _Exit:
     layer: int
     top: int  # the head's likeliest token, what an audit compares
     signals: tuple[tuple[int, Signals], ...]
+    draw: float  # from 0 to 1: audited if below the rate that is in force when full depth is known
 
 
 class WaitingStates:
@@ -114,6 +115,7 @@ class Engine:
         self._unaudited: list[_Exit] = []
         self._audits: list[Audit] = []
         self._last_state: tuple[int, Floats] | None = None  # the last layer's state of the newest settled position
+        self._audit_rate = settings.audit_rate
         self._random = random.Random(settings.audit_seed)
         self._speaks = [source is not None and settings.mode is not Mode.FULL and source.speaks_at(b) for b in range(n)]
         self._follower = source if source is not None and source.wants_states and any(self._speaks[1:]) else None
@@ -138,6 +140,11 @@ class Engine:
         for token in tokens:
             self.sampler.accept(token)
 
+    def adopt(self, other: Engine) -> None:
+        """Go on where another engine with the same sampler stopped: its text and counts; the next step computes all."""
+        self.tokens, self.stats = list(other.tokens), other.stats
+        self.sampler.rewind(self.tokens)
+
     def rollback(self, length: int) -> None:
         """Forget everything after the first `length` tokens, in every slice. Raises UsageError if it is negative."""
         if length < 0:
@@ -148,6 +155,18 @@ class Engine:
         self._forget(length)
         self._unaudited = [e for e in self._unaudited if e.position < length]
         self._last_state = None
+
+    @property
+    def audit_rate(self) -> float:
+        """Share of exits compared with full depth; may be changed between tokens, for exits that still wait, too.
+
+        Raises UsageError, when set, for what is no share.
+        """
+        return self._audit_rate
+
+    @audit_rate.setter
+    def audit_rate(self, rate: float) -> None:
+        self._audit_rate = replace(self.settings, audit_rate=rate).audit_rate
 
     @property
     def n_computed(self) -> int:
@@ -276,12 +295,12 @@ class Engine:
             layer=self.slices[b].start,
             top=best if guess.ids is None else int(guess.ids[best]),
             signals=asked,
+            draw=self._random.random(),
         )
 
     def _publish_exit(self, exit_: _Exit) -> Step:
         self._publish(exit_.token)
-        if self._random.random() < self.settings.audit_rate:
-            self._unaudited.append(exit_)
+        self._unaudited.append(exit_)
         return Step(exit_.token, exit_.position, exit_.layer, exit_.layer, exit_.signals, audits=self._new_audits())
 
     def _publish_full(self, logits: Floats) -> Step:
@@ -382,18 +401,22 @@ class Engine:
         """Bring all to full depth: the logits after the newest token; exits due for an audit are judged on the way."""
         newest = len(self.tokens) - 1
         # the row that predicts position p is that of the token before it; the newest token's comes last
-        positions = [e.position - 1 for e in self._unaudited] + [newest]
+        due = self._due()
+        positions = [e.position - 1 for e in due] + [newest]
         rows = self._run(0, len(self.slices), positions)
-        if self._unaudited:
-            self._audit({p: logits for p, (logits, _) in zip(positions, rows, strict=True)})
+        self._audit(due, [logits for logits, _ in rows])
         logits, state = rows[-1]
         self._last_state = None if state is None else (newest, state)
         return logits
 
-    def _audit(self, logits: Mapping[int, Floats]) -> None:
-        """Compare the exits due with full depth's `logits` by position of the token before them."""
-        for e in self._unaudited:
-            self._audits.append(Audit(e.position, e.layer, int(logits[e.position - 1].argmax()) == e.top))
+    def _due(self) -> list[_Exit]:
+        """The exits to audit now that full depth runs: which ones was drawn before anything was known of them."""
+        return [e for e in self._unaudited if e.draw < self._audit_rate]
+
+    def _audit(self, due: Sequence[_Exit], logits: Sequence[Floats]) -> None:
+        """Compare the exits `due` with full depth's `logits`, those of the tokens before them, in order."""
+        for e, row in zip(due, logits, strict=False):
+            self._audits.append(Audit(e.position, e.layer, int(row.argmax()) == e.top))
         self._unaudited.clear()
 
     def _compute_long_prompt(self) -> None:
@@ -402,9 +425,9 @@ class Engine:
         while len(text) - self._n_done[0] > self._n_batch:
             self.tokens = text[: self._n_done[0] + self._n_batch]
             try:
-                due = [e.position - 1 for e in self._unaudited]
-                rows = self._run(0, len(self.slices), due)
-                self._audit(dict(zip(due, (logits for logits, _ in rows), strict=True)))
+                due = self._due()
+                rows = self._run(0, len(self.slices), [e.position - 1 for e in due])
+                self._audit(due, [logits for logits, _ in rows])
             finally:
                 self.tokens = text
 

@@ -11,80 +11,57 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .batch_costs import BatchCosts, CostKey, kept_batch_costs, machine_name, measurable_sizes, measure_batch_costs
+from .auto import Chooser, Round, rounds
+from .batch_costs import (
+    BatchCosts,
+    CostKey,
+    LiveCosts,
+    kept_batch_costs,
+    machine_name,
+    measurable_sizes,
+    measure_batch_costs,
+)
 from .cache import model_hash
-from .draft import DraftSource, SharedHead
+from .draft import DraftSource
 from .energy.request import Meter, RequestEnergy, Work, weights_gb
 from .engine import Engine
-from .errors import ModelError, ModelUnreadableError, PromptError, UnsupportedModelError, UsageError
-from .exits.pack import ExitPack
-from .exits.packs import find_exit_pack
-from .exits.settings import exit_settings
+from .errors import ModelError, PromptError, UnsupportedModelError
+from .exits.costs import Costs
+from .exits.forecast import kept_part_costs, predicted_time
+from .exits.settings import DEFAULT_DISAGREEMENT, certified_rung
 from .exits.source import PackHeads
 from .exits.split import split
-from .identity import identify
-from .memory import check_need, estimate_need, machine_memory
-from .models import DEMO_MODEL, find_model
-from .native import ContextOptions, KvType, Model, library_hash, load, read_header
+from .native import Model, library_hash
 from .ngram import NGrams
+from .resolve import (
+    POLICIES,
+    RunOptions,
+    check_memory,
+    checked_header,
+    context_options,
+    engine_settings,
+    load_pack,
+    n_outputs,
+    policies_of,
+    resolved_draft,
+    resolved_n_ctx,
+    shared_head,
+    thresholds_of,
+)
 from .sampling import Sampler
 from .slices import Slice, close_slices, default_threads, open_slices
 from .summary import Clock, Finish, Summary, copy_stats, energy_fields, number, rate, stats_since
 from .templates import ChatTemplate, Message
 from .text import Assembler
-from .types import (
-    DEFAULT_THETA,
-    SIGNALS,
-    EngineSettings,
-    EngineStats,
-    Mode,
-    ModelHeader,
-    SamplingSettings,
-    Step,
-    Thresholds,
-    check_boundaries,
-)
+from .types import EngineStats, Mode, Step, Thresholds
 
-DEFAULT_N_CTX = 2048
-# plain heads of a stock model are worth little before its last quarter, and only where they are quite sure
-_DEFAULT_SHARES = (0.75, 0.9)
-DEFAULT_THRESHOLD = 0.3
-DRAFTS = ("ngram", "heads")  # what proposes drafts: the text so far, or heads at boundaries
-DEFAULT_CAP = 8
-NGRAM_CAP = 15  # these drafts cost nothing to make, and long ones pay where a text is copied
-HEADS = ("pack", "shared")  # what guesses at a boundary: the exit pack's heads, or the model's own output head
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Everything that decides how a model runs."""
-
-    model: str = DEMO_MODEL
-    mode: Mode = Mode.FULL
-    draft: str | None = None  # one of DRAFTS, where drafts are verified; None: "heads" if anything of them is given
-    theta: float = DEFAULT_THETA  # mode margin: a second choice more than this times as likely as the first is accepted
-    # None: none in mode full and for n-grams, else the pack's, or a late split
-    boundaries: tuple[int, ...] | None = None
-    # bounds on the signal's uncertainty, one for all boundaries or one for each; None: the pack's, or DEFAULT_THRESHOLD
-    thresholds: tuple[float, ...] | None = None
-    pack: str | None = None  # name or path of an exit pack
-    head: str | None = None  # one of HEADS; None: "pack" if there is one
-    signal: str | None = None  # one of types.SIGNALS; None: the pack's choice, or entropy
-    max_disagreement: float | None = None  # mode exit: thresholds certified for this share of exits, by the pack
-    n_ctx: int = 0  # 0: what the model was trained for, at most DEFAULT_N_CTX
-    n_batch: int = 128
-    n_threads: int = 0  # 0: all physical cores
-    kv_type: KvType = KvType.F16
-    flash_attention: bool | None = None  # None: llama.cpp decides
-    kernels: str = "edge"  # what multiplies weights, as `native.resolve_kernels` takes it; for good once loaded
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    cap: int | None = None  # None: NGRAM_CAP or DEFAULT_CAP
-    audit_rate: float = 0.1
+__all__ = ["Chunk", "Message", "RunOptions", "Runtime", "common_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +78,10 @@ class Chunk:
 
 
 class Runtime:
-    """A model opened in slices, and one conversation's KV cache. Not thread-safe."""
+    """A model opened in slices, and one conversation's KV cache. Not thread-safe.
+
+    `asked` are the options it was made with, `options` those of the policy that writes: in mode auto, these change.
+    """
 
     def __init__(
         self,
@@ -118,20 +98,20 @@ class Runtime:
         """
         self.header = checked_header(options.model)
         self.asked, self._note, self._say, self._meter = options, note, say, meter
-        _resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
-        self._pack = _load_pack(options.pack, self.header)
+        resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
+        self._pack = load_pack(options.pack, self.header)
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
-        options = _resolve(options, self.header, n_ctx, self._pack, note)
-        head_files = self._head_files(options)
-        n_slices = len(options.boundaries or ()) + 1
-        check_memory(self.header, _context_options(options), n_slices, _n_outputs(options), note)
-        self.options = options
+        policies = policies_of(options, self.header, n_ctx, self._pack, note)
+        self._head_paths = self._split_heads(policies)
+        for policy in policies.values():
+            n_slices = len(policy.boundaries or ()) + 1
+            check_memory(self.header, context_options(policy), n_slices, n_outputs(policy), note)
         with ExitStack() as opened:
             self.model = opened.enter_context(Model(self.header.path, header=self.header, kernels=options.kernels))
             if not self.model.has_tokenizer:
                 raise UnsupportedModelError(f"{self.header.path} has no tokenizer, so it cannot read text")
             template = ChatTemplate.of(self.model)
-            self._open(head_files)
+            self._start(policies)
             opened.pop_all()
         self.template = template
         self._clock = Clock(time.perf_counter())
@@ -139,40 +119,98 @@ class Runtime:
         self._finish = Finish.INTERRUPTED
         self._n_prompt = self._n_reused = 0
 
-    def _head_files(self, options: RunOptions) -> tuple[Path, ...]:
-        """Files of the heads at the boundaries, if they are a pack's."""
-        if options.mode is Mode.FULL or options.head != "pack" or self._pack is None:
-            return ()
-        files = dict(zip(self._pack.boundaries, split(self._pack, self.header.path), strict=True))
-        return tuple(files[layer] for layer in options.boundaries or ())
+    def _split_heads(self, policies: Mapping[str, RunOptions]) -> dict[int, Path]:
+        """Files of a pack's heads by layer, if a policy needs them."""
+        if self._pack is None or not any(p.mode is not Mode.FULL and p.head == "pack" for p in policies.values()):
+            return {}
+        return dict(zip(self._pack.boundaries, split(self._pack, self.header.path), strict=True))
 
-    def _open(self, head_files: tuple[Path, ...]) -> None:
-        options = self.options
-        boundaries, thresholds = options.boundaries or (), _thresholds(options)
-        settings = _engine_settings(options)
+    def _start(self, policies: dict[str, RunOptions]) -> None:
+        """Open the first of the policies, and see which of the others may take its place."""
+        self._policies, self._chooser = policies, None
+        self._written: Counter[str] = Counter()  # tokens of the latest answer, by policy
+        first, *others = policies
         with ExitStack() as opened:
-            slices = open_slices(self.model, boundaries, _context_options(options), n_outputs_max=_n_outputs(options))
-            opened.callback(close_slices, slices)
-            sampler = opened.enter_context(closing(Sampler(options.sampling, self.model.n_vocab)))
-            source = self._source(options, head_files, slices)
-            if isinstance(source, PackHeads):
-                opened.callback(source.close)
-            self.engine = Engine(slices, sampler, settings, lambda: thresholds, source, n_ctx=options.n_ctx)
+            options = policies[first]
+            self._sampler = opened.enter_context(closing(Sampler(options.sampling, self.model.n_vocab)))
+            self._open(options)
+            opened.callback(self._close_slices)
+            # without arithmetic that is the same in every batch, drafts could change a text at a near-tie
+            names = [name for name in others if self.options.mode is Mode.VERIFIED or policies[name].mode is Mode.EXIT]
+            if names:
+                self._chooser = self._choose_among(first, names)
+            self._playing = first
             self._opened = opened.pop_all()
 
-    def _source(self, options: RunOptions, head_files: tuple[Path, ...], slices: Sequence[Slice]) -> DraftSource | None:
-        """What guesses at boundaries, or before the first of `slices`, whose caches are empty and stay so."""
+    def _choose_among(self, first: str, names: Sequence[str]) -> Chooser:
+        """A chooser that knows what policies in slices are thought to take, by the measured times of their parts."""
+        assert self._pack is not None
+        layers = self._policies[names[0]].boundaries or ()
+        n_threads = self.options.n_threads or default_threads()
+        heads = [self._head_paths[layer] for layer in layers] if self._head_paths else None
+        key = {**asdict(self._cost_key(self.options)), "pack": self._pack.digest, "layers": layers}
+        costs = kept_part_costs(key, self.model, layers, heads, n_threads, self._say)
+        self._refill = costs.full[-1] / len(costs.full) / costs.full[0]
+        predicted = {name: self._predicted(self._policies[name], costs) for name in names}
+        self._say(
+            "auto: thought to take, in times of full depth: "
+            + ", ".join(f"{POLICIES[name]} {value:.2f}" for name, value in predicted.items())
+        )
+        return Chooser({first: 1.0, **predicted}, costs.full[0] / 1e3)
+
+    def _predicted(self, policy: RunOptions, costs: Costs) -> float:
+        pack, cap = self._pack, policy.cap or 1
+        assert pack is not None
+        if policy.mode is Mode.EXIT:
+            bound = DEFAULT_DISAGREEMENT if policy.max_disagreement is None else policy.max_disagreement
+            rung = certified_rung(pack, policy.signal or pack.default_signal, bound)
+            return predicted_time(pack, policy.mode, costs, rung, cap)
+        return predicted_time(pack, policy.mode, costs, cap=cap)
+
+    def _open(self, options: RunOptions) -> None:
+        """Open slices and the engine for one policy. The slices that were open must be closed."""
+        started = time.perf_counter()
+        boundaries, self._thresholds = options.boundaries or (), thresholds_of(options)
+        with ExitStack() as opened:
+            slices = open_slices(self.model, boundaries, context_options(options), n_outputs_max=n_outputs(options))
+            opened.callback(close_slices, slices)
+            self._live: LiveCosts | None = None
+            if options.mode is not Mode.FULL and options.draft == "ngram":
+                costs = self._batch_costs(options, slices)
+                if self.asked.mode is Mode.AUTO and not costs.invariant:
+                    options = dataclasses.replace(options, mode=Mode.FULL, draft=None)
+                elif self.asked.mode is Mode.AUTO:
+                    self._live = LiveCosts(costs.up_to(n_outputs(options)), costs.one_s)
+                source = self._source(options, self._live or costs.up_to(n_outputs(options)))
+            else:
+                source = self._source(options, ())
+            self._heads = source if isinstance(source, PackHeads) else None
+            if self._heads is not None:
+                opened.callback(self._heads.close)
+            closed = Thresholds((0.0,) * len(boundaries))
+
+            def now() -> Thresholds:
+                return closed if self._chooser is not None and self._chooser.probing else self._thresholds
+
+            settings = engine_settings(options)
+            self.engine = Engine(slices, self._sampler, settings, now, source, n_ctx=options.n_ctx)
+            self._slices_opened = opened.pop_all()
+        self.options = options
+        self._open_s = time.perf_counter() - started
+
+    def _source(self, options: RunOptions, costs: Sequence[float]) -> DraftSource | None:
+        """What guesses at boundaries, or before the first slice, where batches have `costs`."""
         if options.mode is Mode.FULL:
             return None
         if options.draft == "ngram":
-            return NGrams(self._batch_costs(options, slices))
+            return NGrams(costs)
         signal, pack = options.signal or "entropy", self._pack
-        if not head_files or pack is None:
-            return _shared_head(options, pack)
+        if options.head != "pack" or pack is None:
+            return shared_head(options, pack)
         layers = options.boundaries or ()
         places = [pack.boundaries.index(layer) for layer in layers]
         return PackHeads(
-            head_files,
+            [self._head_paths[layer] for layer in layers],
             layers,
             pack.shortlist,
             pack.cluster_starts,
@@ -185,11 +223,18 @@ class Runtime:
             kernels=self.model.kernels,
         )
 
-    def _batch_costs(self, options: RunOptions, slices: Sequence[Slice]) -> tuple[float, ...]:
-        """c(1), c(2), … for the largest batch that verifies drafts; measured, if they never were."""
-        n_rows = _n_outputs(options)
-        sizes = measurable_sizes(min(n_rows, slices[0].n_batch))
-        key = CostKey(
+    def _batch_costs(self, options: RunOptions, slices: Sequence[Slice]) -> BatchCosts:
+        """What batches that verify drafts cost; measured, if they never were. The slices' caches are left empty."""
+        sizes = measurable_sizes(min(n_outputs(options), slices[0].n_batch))
+
+        def measure() -> BatchCosts:
+            self._say("measure the cost of small batches, once for this model and machine")
+            return measure_batch_costs(slices, sizes)
+
+        return kept_batch_costs(self._cost_key(options), sizes, measure)
+
+    def _cost_key(self, options: RunOptions) -> CostKey:
+        return CostKey(
             model_sha256=model_hash(Path(self.header.path)),
             library=library_hash(),
             n_threads=options.n_threads or default_threads(),
@@ -199,11 +244,17 @@ class Runtime:
             machine=machine_name(),
         )
 
-        def measure() -> BatchCosts:
-            self._say("measure the cost of small batches, once for this model and machine")
-            return measure_batch_costs(slices, sizes)
+    @property
+    def thresholds(self) -> Thresholds:
+        """Below which uncertainty the next token may exit, by boundary; may be changed between tokens.
 
-        return kept_batch_costs(key, sizes, measure).up_to(n_rows)
+        Raises UsageError, when set, if there are not as many as boundaries, or one for all.
+        """
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Thresholds) -> None:
+        self._thresholds = thresholds_of(dataclasses.replace(self.options, thresholds=thresholds.exit_below))
 
     def reopen(self, options: RunOptions) -> None:
         """Go on with other options of the same model and pack; the KV cache starts empty.
@@ -212,11 +263,18 @@ class Runtime:
         be checked before anything is closed is.
         """
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, lambda _text: None)
-        resolved = _resolve(options, self.header, n_ctx, self._pack, self._note)
-        head_files = self._head_files(resolved)
-        self._close_engine()
-        self.asked, self.options = options, resolved
-        self._open(head_files)
+        policies = policies_of(options, self.header, n_ctx, self._pack, self._note)
+        self._head_paths = self._split_heads(policies)
+        self._opened.close()
+        self.asked = options
+        self._start(policies)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from the next token on, heads among it; a change of policy undoes it."""
+        for piece in self.engine.slices:
+            piece.set_threads(n_threads)
+        if self._heads is not None:
+            self._heads.set_threads(n_threads)
 
     # ── text → tokens ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,7 +301,7 @@ class Runtime:
         """
         self._begin(tokens)
         assembler = Assembler[Step](stop)
-        with closing(self.engine.generate(max_tokens)) as steps:
+        with closing(self._steps(max_tokens)) as steps:
             for step in steps:
                 self._clock.tick(time.perf_counter())
                 ends = self.model.is_end(step.token)
@@ -260,6 +318,8 @@ class Runtime:
 
     def _begin(self, tokens: Sequence[int]) -> None:
         """Keep what the KV cache shares with the prompt, add the rest, start the counts."""
+        if not self._playing and self._chooser is not None:
+            self._play(self._chooser.current)
         engine = self.engine
         if not tokens:
             raise PromptError("the prompt is empty", "give some text")
@@ -269,14 +329,65 @@ class Runtime:
                 "shorten the prompt, or give a larger --ctx",
             )
         common = common_prefix(engine.tokens, tokens)
+        if self._chooser is not None and self._playing != self._chooser.begin(self._change_cost(common)):
+            self._play(self._chooser.current)
+            engine, common = self.engine, 0
         # the newest token is always run again, for its logits
         self._n_reused = min(common, len(tokens) - 1, engine.n_computed)
         self._n_prompt = len(tokens)
+        self._written.clear()
         self._finish = Finish.INTERRUPTED
         self._before = copy_stats(engine.stats)
         self._clock = Clock(time.perf_counter())
         engine.rollback(common)
         engine.extend(tokens[common:])
+
+    # ── mode auto ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _steps(self, max_tokens: int) -> Generator[Step, None, None]:
+        """The steps of whichever engine is to write. What rounds take is told to those who decide by it."""
+        left = max_tokens
+        while left > 0:
+            with closing(self.engine.generate(left)) as steps:
+                for step, round_ in rounds(steps, self.engine.stats):
+                    left -= 1
+                    if round_ is not None:
+                        self._count(round_)
+                    self._written[self._playing] += 1
+                    yield step
+                    if round_ is not None and self._chooser is not None and self._chooser.losing:
+                        break
+                else:
+                    return
+            self._fall_back()
+
+    def _count(self, done: Round) -> None:
+        if self._live is not None and 1 <= done.rows <= len(self._live):
+            self._live.observe(done.rows, done.seconds)
+        if self._chooser is not None:
+            asked = self.options.boundaries and not self._chooser.probing
+            self._chooser.observe(done.tokens, done.seconds, alone=done.rows == 1 and not asked)
+
+    def _change_cost(self, n_lost: int) -> float:
+        """Token times that another policy costs, if `n_lost` tokens of the text must be computed again for it."""
+        one_s = self._chooser.one_s if self._chooser else 0.0
+        return (self._open_s / one_s if one_s else 0.0) + self._refill * n_lost
+
+    def _fall_back(self) -> None:
+        """Leave slices for the whole model in the middle of an answer: the text is computed again, as a prompt is."""
+        assert self._chooser is not None
+        engine, name = self.engine, self._playing
+        self._say(f"auto: {POLICIES[name]} took {self._chooser.latest:.2f} times full depth's time: they are left")
+        self._play(self._chooser.fall_back(self._change_cost(len(engine.tokens))))
+        self.engine.adopt(engine)
+
+    def _play(self, name: str) -> None:
+        """Open another policy, with an empty KV cache; the sampler's random numbers go on."""
+        self._playing = ""  # interrupted from here on, nothing is open
+        self._close_slices()
+        self._sampler.rewind(())
+        self._open(self._policies[name])
+        self._playing = name
 
     def _finish_of(self, step: Step, ends: bool, stopped: bool, max_tokens: int) -> Finish | None:
         if ends:
@@ -292,7 +403,9 @@ class Runtime:
         """Of the latest answer, or of as much of it as there is; `interrupted` until it has ended by itself."""
         stats, clock, options = stats_since(self._before, self.engine.stats), self._clock, self.options
         return Summary(
-            mode=options.mode.value,
+            mode=self.asked.mode.value,
+            played=options.mode.value,
+            policies=dict(self._written) if self.asked.mode is Mode.AUTO else None,
             boundaries=options.boundaries or (),
             finish_reason=self._finish.reason,
             finish=self._finish.value,
@@ -345,11 +458,11 @@ class Runtime:
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _close_engine(self) -> None:
-        self._opened.close()
+    def _close_slices(self) -> None:
+        self._slices_opened.close()
 
     def close(self) -> None:
-        self._close_engine()
+        self._opened.close()
         self.model.close()
 
     def __enter__(self) -> Runtime:
@@ -359,187 +472,7 @@ class Runtime:
         self.close()
 
 
-# ── decisions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts share from their beginning."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
-
-
-def default_boundaries(mode: Mode, n_layer: int) -> tuple[int, ...]:
-    """No boundary in mode full; else two late ones, fewer in a model of very few layers."""
-    if mode is Mode.FULL:
-        return ()
-    return tuple(sorted({round(share * n_layer) for share in _DEFAULT_SHARES} & set(range(1, n_layer))))
-
-
-def checked_header(model: str) -> ModelHeader:
-    """Header of a model by name or path. Raises a ModelError for what could not be run, before it is loaded."""
-    header = read_header(str(find_model(model)))
-    supported = load().supported_architectures
-    if header.architecture not in supported:
-        raise UnsupportedModelError(
-            f"{header.path} is of architecture '{header.architecture}', which cannot be run in slices",
-            f"supported: {', '.join(supported)}",
-        )
-    if not header.n_layer or not header.n_embd:
-        raise ModelUnreadableError(
-            f"{header.path} is damaged: its header gives {header.n_layer} layers of width {header.n_embd}",
-            "convert or download the model again",
-        )
-    return header
-
-
-def check_memory(
-    header: ModelHeader, options: ContextOptions, n_slices: int, n_outputs: int, note: Callable[[str], None]
-) -> None:
-    """Note a tight fit. Raises MemoryLimitError for a model that cannot fit."""
-    warning = check_need(estimate_need(header, options, n_slices, n_outputs), machine_memory())
-    if warning:
-        note(warning)
-
-
-def resolved_n_ctx(n_ctx: int, header: ModelHeader, note: Callable[[str], None]) -> int:
-    """The context asked for, else what the model was trained for, at most DEFAULT_N_CTX."""
-    trained = header.n_ctx_train or DEFAULT_N_CTX
-    if n_ctx > trained:
-        note(f"a context of {n_ctx} tokens is more than the {trained} this model was trained for")
-    return n_ctx or min(DEFAULT_N_CTX, trained)
-
-
-def _load_pack(wanted: str | None, header: ModelHeader) -> ExitPack | None:
-    """The pack of a name or path. Raises PackError if it cannot be used with this model and build."""
-    if wanted is None:
-        return None
-    pack = ExitPack.load(find_exit_pack(wanted))
-    pack.check_model(identify(Path(header.path)))
-    return pack
-
-
-def _resolve(
-    options: RunOptions, header: ModelHeader, n_ctx: int, pack: ExitPack | None, note: Callable[[str], None]
-) -> RunOptions:
-    """Fill in what depends on the model and the pack, and check all that can be checked without loading them."""
-    draft = _resolved_draft(options)
-    cap = (NGRAM_CAP if draft == "ngram" else DEFAULT_CAP) if options.cap is None else options.cap
-    options = dataclasses.replace(options, n_ctx=n_ctx, draft=draft, cap=cap)
-    _engine_settings(options)  # refuses what is out of range
-    if draft == "ngram":
-        return dataclasses.replace(options, boundaries=(), thresholds=())
-    own = pack is not None and not pack.shared
-    options = dataclasses.replace(options, head=options.head or ("pack" if own else "shared"))
-    if options.boundaries is not None:
-        check_boundaries(options.boundaries, header.n_layer)
-    _check_choices(options, pack)
-    if pack is None or (own and options.head == "shared"):
-        options = _resolve_shared(options, header, pack)
-    else:
-        given = options.boundaries, options.thresholds, options.signal, options.max_disagreement
-        found = exit_settings(pack, options.mode, *given)
-        if found.rung is not None and found.rung.risk != "exits":
-            note(f"no bound on the disagreement of exits is certified; used: {found.rung.sentence()}")
-        boundaries = options.boundaries or () if options.mode is Mode.FULL else found.boundaries
-        options = dataclasses.replace(options, boundaries=boundaries, signal=found.signal, thresholds=found.thresholds)
-    _thresholds(options)
-    if options.mode is not Mode.FULL and options.head == "shared":
-        _shared_head(options, pack)  # refuses what it cannot give
-    if options.mode is not Mode.FULL and not options.boundaries:
-        raise UsageError(f"mode {options.mode.value} needs a boundary to leave at", "give --boundaries")
-    return options
-
-
-def _resolved_draft(options: RunOptions) -> str | None:
-    """What proposes drafts; None in modes without. Raises UsageError for choices that exclude each other."""
-    if not options.mode.verifies:
-        return None
-    if options.draft not in (None, *DRAFTS):
-        raise UsageError(f"there are no drafts '{options.draft}'", f"there are {', '.join(DRAFTS)}")
-    of_heads = ("pack", "head", "boundaries", "signal", "thresholds", "max_disagreement")
-    given = [name for name in of_heads if getattr(options, name) is not None]
-    if options.draft == "ngram" and given:
-        name = given[0].replace("thresholds", "threshold").replace("_", "-")
-        raise UsageError(f"--{name} means nothing with --draft ngram: it is for heads", "drop one of the two")
-    return options.draft or ("heads" if given else "ngram")
-
-
-def _check_choices(options: RunOptions, pack: ExitPack | None) -> None:
-    """Raise UsageError for choices that exclude each other."""
-    if options.head not in HEADS:
-        raise UsageError(f"there are no heads '{options.head}'", f"there are {', '.join(HEADS)}")
-    if options.signal is not None and options.signal not in SIGNALS:
-        raise UsageError(f"there is no signal '{options.signal}'", f"there are {', '.join(SIGNALS)}")
-    if options.head == "pack" and pack is None:
-        raise UsageError("heads of an exit pack were asked for, and no pack was given", "give one with --pack")
-    if options.head == "pack" and pack is not None and pack.shared:
-        raise UsageError(
-            f"the exit pack '{pack.name}' has no heads: it is for the model's own output head", "leave --head out"
-        )
-    if options.max_disagreement is None:
-        return
-    if not 0 < options.max_disagreement < 1:
-        raise UsageError(f"{options.max_disagreement} is no bound on disagreement", "allowed: above 0, below 1")
-    if options.thresholds is not None:
-        raise UsageError("--threshold and --max-disagreement were both given", "give one of them")
-    if options.head == "shared" and (pack is None or not pack.shared):
-        raise UsageError(
-            "--max-disagreement needs the heads of an exit pack, or a pack made for the model's own output head",
-            "leave --head out, or make one with `edge-run calibrate --head shared`"
-            if pack
-            else "give a pack with --pack",
-        )
-
-
-def _resolve_shared(options: RunOptions, header: ModelHeader, pack: ExitPack | None) -> RunOptions:
-    """What the model's own output head uses; of a pack for other heads only the boundaries."""
-    boundaries, signal, thresholds = options.boundaries, options.signal or "entropy", options.thresholds
-    if boundaries is None:
-        late = default_boundaries(options.mode, header.n_layer)
-        boundaries = pack.boundaries if pack and options.mode is not Mode.FULL else late
-    if thresholds is None and options.mode is not Mode.FULL and signal != "entropy":
-        raise UsageError(f"there is no default threshold for the signal '{signal}'", "give a --threshold")
-    return dataclasses.replace(
-        options, boundaries=boundaries, signal=signal, thresholds=thresholds or (DEFAULT_THRESHOLD,)
-    )
-
-
-def _shared_head(options: RunOptions, pack: ExitPack | None) -> SharedHead:
-    """The model's own output head, with a pack's gates if they are for it. Raises UsageError as SharedHead."""
-    gates = dict(zip(pack.boundaries, pack.gates, strict=True)) if pack is not None and pack.shared else {}
-    chosen = [gates[layer].probability for layer in options.boundaries or () if layer in gates]
-    return SharedHead(options.signal or "entropy", chosen)
-
-
-def _thresholds(options: RunOptions) -> Thresholds:
-    """One threshold per boundary. Raises UsageError if as many were not given."""
-    n_boundaries, given = len(options.boundaries or ()), options.thresholds or ()
-    if len(given) == 1:
-        return Thresholds(given * n_boundaries)
-    if len(given) != n_boundaries:
-        raise UsageError(
-            f"{len(given)} thresholds were given for {n_boundaries} boundaries",
-            "give one --threshold for all, or one for each boundary",
-        )
-    return Thresholds(given)
-
-
-def _context_options(options: RunOptions) -> ContextOptions:
-    return ContextOptions(
-        n_ctx=options.n_ctx,
-        n_batch=options.n_batch,
-        n_threads=options.n_threads,
-        flash_attention=options.flash_attention,
-        kv_type=options.kv_type,
-    )
-
-
-def _engine_settings(options: RunOptions) -> EngineSettings:
-    """Raises UsageError for settings out of range."""
-    cap = DEFAULT_CAP if options.cap is None else options.cap
-    return EngineSettings(options.mode, cap, options.audit_rate, options.sampling.seed, options.theta)
-
-
-def _n_outputs(options: RunOptions) -> int:
-    """Rows of logits the last slice gives: verifying and auditing need one per waiting token and one more."""
-    return 1 if options.mode is Mode.FULL else _engine_settings(options).cap + 1

@@ -7,8 +7,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from .errors import PromptError, UnsupportedModelError
-from .generate import check_memory, checked_header
 from .native import ContextOptions, Model
+from .resolve import check_memory, checked_header
 from .signals import signals_of
 from .slices import Slice
 from .types import Floats, ModelHeader, check_boundaries

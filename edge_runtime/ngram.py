@@ -151,8 +151,11 @@ class NGrams:
     wants_logits = wants_states = False
 
     def __init__(self, costs: Sequence[float]) -> None:
-        """`costs` of batches of 1, 2, … tokens, in batches of one; the longest draft is one token less than these."""
-        self._costs = tuple(costs)
+        """`costs` of batches of 1, 2, … tokens, in batches of one; the longest draft is one token less than these.
+
+        They are read at each look-up, so they may change.
+        """
+        self._costs = costs
         self._index = NGramIndex()
         self._acceptance = Acceptance()
         self._start = 0  # length of the text that the latest look-up was made for

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import platform
 import secrets
 import typing
 from collections.abc import Callable
@@ -18,9 +19,11 @@ import typer
 
 from .errors import BoundaryError, UsageError
 from .models import DEMO_MODEL
+from .profiles import choose_profile, run_defaults, usable_cores
+from .sensors.machine import Machine
 
 if TYPE_CHECKING:
-    from .generate import RunOptions
+    from .resolve import RunOptions
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name or path of a GGUF model.", metavar="MODEL")]
 BoundariesOption = Annotated[
@@ -45,12 +48,13 @@ class RunArguments:
 
     model: ModelOption = DEMO_MODEL
     mode: Annotated[
-        Literal["full", "exit", "verified", "margin"],
+        Literal["auto", "full", "exit", "verified", "margin"],
         typer.Option(
-            help="full: every layer. exit: sure tokens leave early. verified: drafts, checked at full depth. margin: "
-            "as verified, but where full depth is undecided its second choice may stand."
+            help="auto: full depth's text, by whatever is fastest here and now. full: every layer. exit: sure tokens "
+            "leave early. verified: drafts, checked at full depth. margin: as verified, but where full depth is "
+            "undecided its second choice may stand."
         ),
-    ] = "full"
+    ] = "auto"
     draft: Annotated[
         Literal["ngram", "heads"] | None,
         typer.Option(
@@ -94,8 +98,9 @@ class RunArguments:
     max_disagreement: Annotated[
         float | None,
         typer.Option(
-            help="In mode exit: thresholds that the pack certifies for this share of disagreement with full depth.",
-            show_default="0.02 with a pack",
+            help="Exits may disagree with full depth by this share, which the pack certifies: in mode exit, and in "
+            "mode auto, where they pay.",
+            show_default="0.02 in mode exit",
             metavar="SHARE",
         ),
     ] = None
@@ -125,8 +130,17 @@ class RunArguments:
     ctx: Annotated[
         int, typer.Option("--ctx", min=0, max=2**31 - 1, help="Tokens the context holds.", show_default="2048 at most")
     ] = 0
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompt tokens computed at once.")] = 128
-    threads: ThreadsOption = 0
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Prompt tokens computed at once.", show_default="by the device, or 128"),
+    ] = None
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads", min=0, max=512, help="CPU threads; 0: by the device, or all physical cores.", show_default="0"
+        ),
+    ] = 0
+    device: DeviceOption = None
     kv_type: Annotated[Literal["f16", "f32", "q8_0"], typer.Option(help="Storage of the KV cache.")] = "f16"
     flash_attn: Annotated[
         bool | None, typer.Option("--flash-attn/--no-flash-attn", help="Flash attention.", show_default="if it can")
@@ -144,26 +158,35 @@ class RunArguments:
 
 
 def expand_arguments(verb: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see each field of a RunArguments parameter of `verb` as an option of its own."""
+    """Let Typer see each field of `verb`'s parameters that are dataclasses as an option of its own."""
     hints = _annotations(verb)
-    (name,) = (n for n, hint in hints.items() if hint is RunArguments)
-    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(verb).parameters.items() if n != name]
-    field_hints = typing.get_type_hints(RunArguments, include_extras=True)
-    fields = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=field_hints[f.name])
-        for f in dataclasses.fields(RunArguments)
-    ]
+    grouped: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    fields = {name: _field_parameters(group) for name, group in grouped.items()}
+    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(verb).parameters.items() if n not in grouped]
 
     @functools.wraps(verb)
     def expanded(**values: Any) -> None:
-        arguments = RunArguments(**{f.name: values.pop(f.name) for f in fields})
-        verb(**values, **{name: arguments})
+        groups = {
+            name: group(**{field.name: values.pop(field.name) for field in fields[name]})
+            for name, group in grouped.items()
+        }
+        verb(**values, **groups)
 
     del expanded.__wrapped__  # or Typer would look through it
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + fields
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    parameters += [field for name in grouped for field in fields[name]]
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded
+
+
+def _field_parameters(group: Any) -> list[inspect.Parameter]:
+    """The fields of a dataclass, as parameters of a function."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=hints[f.name])
+        for f in dataclasses.fields(group)
+    ]
 
 
 def _annotations(verb: Callable[..., None]) -> dict[str, Any]:
@@ -180,9 +203,12 @@ def _default(argument: dataclasses.Field[Any]) -> Any:
 
 
 def run_options(arguments: RunArguments) -> RunOptions:
-    """What the runtime is to do. Raises UsageError for values that cannot be meant."""
-    from .generate import RunOptions
+    """What the runtime is to do, by the device's profile where nothing is said.
+
+    Raises UsageError for values that cannot be meant, and for an unknown device.
+    """
     from .native import KvType
+    from .resolve import RunOptions
     from .types import DEFAULT_THETA, Mode, SamplingSettings
 
     mode = Mode(arguments.mode)
@@ -202,6 +228,8 @@ def run_options(arguments: RunArguments) -> RunOptions:
     if seed is None:
         # greedy choices need none; a random one is reported, so that the run can be repeated
         seed = secrets.randbelow(2**32 - 1) if arguments.temperature > 0 else 0
+    profile = choose_profile(Machine(), platform.system(), platform.machine(), arguments.device).profile
+    defaults = run_defaults(profile, usable_cores())
     return RunOptions(
         model=arguments.model,
         mode=mode,
@@ -214,8 +242,8 @@ def run_options(arguments: RunArguments) -> RunOptions:
         signal=arguments.signal,
         max_disagreement=arguments.max_disagreement,
         n_ctx=arguments.ctx,
-        n_batch=arguments.batch,
-        n_threads=arguments.threads,
+        n_batch=arguments.batch or defaults.n_batch,
+        n_threads=arguments.threads or defaults.n_threads,
         kv_type=KvType(arguments.kv_type),
         flash_attention=arguments.flash_attn,
         kernels=arguments.kernels,

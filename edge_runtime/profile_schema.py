@@ -92,7 +92,7 @@ class Profile:
     description: str = ""
     build: Build = Build()
     n_threads: int = 0  # 0: one per physical core
-    n_ubatch: int = 0  # 0: llama.cpp's own
+    n_ubatch: int = 0  # prompt tokens computed at once; 0: as without a profile
     detect: Detect = Detect()
     sensors: tuple[str, ...] = ()  # names, the best first; empty: whatever answers
     power_fit: PowerFit | None = None

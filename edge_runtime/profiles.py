@@ -19,6 +19,7 @@ __all__ = [
     "PowerFit",
     "PowerModel",
     "Profile",
+    "RunDefaults",
     "Targets",
     "Thermal",
     "choose_profile",
@@ -27,11 +28,14 @@ __all__ = [
     "load_profile",
     "profile_names",
     "profiles_dir",
+    "run_defaults",
+    "usable_cores",
 ]
 
 DEVICE_ENV = "EDGE_RUNTIME_DEVICE"
 THIS_MACHINE = "native"  # names no kind of device but the very machine: it is looked at
 FALLBACK = "generic"
+DEFAULT_N_BATCH = 128
 
 _DEVICE_TREES = ("proc/device-tree", "sys/firmware/devicetree/base")
 _DMI = "sys/class/dmi/id"
@@ -162,11 +166,29 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+@dataclass(frozen=True, slots=True)
+class RunDefaults:
+    """How a model runs on a device where nobody says otherwise."""
+
+    n_threads: int  # 0: one per physical core
+    n_batch: int  # prompt tokens computed at once
+
+
+def run_defaults(profile: Profile, n_usable: int) -> RunDefaults:
+    """What the profile states, with no more threads than the `n_usable` cores that a process may use."""
+    return RunDefaults(min(profile.n_threads, n_usable), profile.n_ubatch or DEFAULT_N_BATCH)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, their second threads counted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe(profile: Profile) -> str:
     """What a profile sets, in one line."""
     parts = [
         f"{profile.n_threads} threads" if profile.n_threads else "a thread per physical core",
-        f"micro-batches of {profile.n_ubatch}" if profile.n_ubatch else "",
+        f"prompts in batches of {profile.n_ubatch}" if profile.n_ubatch else "",
         f"sensors {', '.join(profile.sensors)}" if profile.sensors else "",
         f"{profile.power.label} power model" if profile.power else "no power model",
     ]

@@ -21,7 +21,8 @@ Examples:
 On a terminal, a table that is renewed until Ctrl-C; elsewhere, a line per reading. - is: not known.
 Power is measured by a sensor, calibrated (fitted to a power meter) or estimated by a model, and says which.
 With --json: one object per reading; null is not known, and throttled_now is a list of reasons, empty if there are none.
-A recording has the same objects, one a line, after a line that says what machine it is from."""
+A recording has the same objects, one a line, after a line that says what machine it is from. `generate`, `chat` and
+`doctor` take one instead of the sensors, too: --replay."""
 
 
 def sensors(

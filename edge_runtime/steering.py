@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .control import BatteryPolicy, Controller, Event, EventLog, Ladder, Targets
+from .batch_costs import machine_name
+from .cache import model_hash
+from .control import (
+    BatteryPolicy,
+    Controller,
+    ControlSettings,
+    Event,
+    EventLog,
+    Ladder,
+    SlowSettings,
+    Targets,
+)
 from .energy.model import PowerModel
+from .engine import Engine
 from .errors import UsageError
-from .generate import Runtime
-from .pilot import STEP_S, Pilot, lossless_ladder, token_times_ms
+from .exits.pack import ExitPack
+from .exits.packs import find_exit_pack
+from .exits.settings import DEFAULT_DISAGREEMENT
+from .generate import RunOptions, Runtime
+from .kept import Kept
+from .native import library_hash
+from .pilot import (
+    LATE_BATCH,
+    Exits,
+    Pilot,
+    TokenTimes,
+    exits_of,
+    measure_token_times,
+    run_ladder,
+    times_from_json,
+    times_to_json,
+)
 from .profiles import Profile, choose_profile
-from .sensors.detect import detect
 from .sensors.machine import Machine
 from .sensors.reading import Reading
-from .sensors.sampler import Sampler, Timing
+from .sensors.sampler import Sampler
 from .slices import default_threads
-from .types import Mode
+from .types import EngineStats, Mode, Thresholds
 
-LOSSLESS = (Mode.FULL, Mode.VERIFIED)
 DEFAULT_TARGET = "balanced"
 _PATIENCE_S = 2.0  # for the first reading
+_LOOK_S = 0.02  # between looks for it
+_FORMAT = 1
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,59 +99,87 @@ class Plan:
     """A request that can be met: what is to be held on this device."""
 
     request: SteeringRequest
-    machine: Machine
     profile: Profile
     power: PowerModel
     targets: Targets
+    pack: ExitPack | None = None  # whose certified exits may be used, in mode exit
 
 
-def plan_steering(request: SteeringRequest, mode: Mode) -> Plan | None:
-    """What is to be done, checked before anything is loaded; None if nothing is asked.
+def plan_steering(request: SteeringRequest, options: RunOptions, machine: Machine | None = None) -> Plan | None:
+    """What is to be done in a run with `options`, checked before anything is loaded; None if nothing is asked.
 
-    Raises UsageError for a mode that is not lossless, targets that are none, and a device that is unknown or whose
-    profile has no power model.
+    Raises UsageError for a mode in which nothing can be held, targets that are none, and a device that is unknown or
+    whose profile has no power model; PackError for an exit pack that cannot be used.
     """
     if not request.wanted:
         return None
-    if mode not in LOSSLESS:
-        raise UsageError(f"targets cannot be held in mode {mode.value}", "use --mode full or --mode verified")
-    machine = Machine()
-    profile = choose_profile(machine, platform.system(), platform.machine(), request.device).profile
+    pack = _certifying_pack(options)
+    profile = choose_profile(machine or Machine(), platform.system(), platform.machine(), request.device).profile
     targets, power = targets_of(request, profile), PowerModel.of(profile)
     if power is None:
         raise UsageError(
             f"the device profile '{profile.name}' has no power model, so that settings cannot be compared",
             "name another one with --device, or add [power] to it: `edge-run energy calibrate` makes it",
         )
-    return Plan(request, machine, profile, power, targets)
+    if pack is not None:
+        targets = replace(targets, max_disagreement=_budget(request, profile, options))
+    return Plan(request, profile, power, targets, pack)
+
+
+def _certifying_pack(options: RunOptions) -> ExitPack | None:
+    """What certifies the exits of a run; None in modes without exits. Raises UsageError where nothing does."""
+    if options.mode is Mode.MARGIN:
+        raise UsageError("targets cannot be held in mode margin", "use --mode verified, which is lossless")
+    if options.mode is Mode.AUTO and options.max_disagreement is not None:
+        raise UsageError(
+            "with targets, tokens may exit in mode exit only", "add --mode exit, or leave --max-disagreement out"
+        )
+    if options.mode is not Mode.EXIT:
+        return None
+    why = "targets are held in mode exit only by exits that are certified"
+    if options.pack is None:
+        raise UsageError(f"{why}, and no exit pack was given", "give one with --pack, or use --mode verified")
+    if options.thresholds is not None:
+        raise UsageError(f"{why}, and nothing is certified of a --threshold of your own", "leave --threshold out")
+    pack = ExitPack.load(find_exit_pack(options.pack))
+    if options.head == "shared" and not pack.shared:
+        raise UsageError(
+            f"{why}, and the exit pack '{pack.name}' certifies nothing of the model's own output head",
+            "leave --head out",
+        )
+    return pack
+
+
+def _budget(request: SteeringRequest, profile: Profile, options: RunOptions) -> float:
+    """The disagreement allowed: what was asked for, else what the target named has, else the usual."""
+    named = profile.targets[request.target].max_disagreement if request.target is not None else None
+    found = named if options.max_disagreement is None else options.max_disagreement
+    return DEFAULT_DISAGREEMENT if found is None else found
 
 
 @contextmanager
-def steering(plan: Plan, runtime: Runtime, say: Callable[[str], None]) -> Iterator[Pilot]:
-    """Sensors are read and settings chosen while inside; `say` gets what happens, if it is to be explained.
+def steering(
+    plan: Plan, runtime: Runtime, sampler: Sampler, say: Say, now: Callable[[], float] = time.perf_counter
+) -> Iterator[Pilot]:
+    """Settings are chosen while inside, by what the running `sampler` reads; `say` gets what is to be explained.
 
-    The runtime's caches must be empty. Raises UsageError if the log cannot be written.
+    `now` is the clock that its readings have. The runtime's caches must be empty; it is left with the settings chosen
+    last. Raises UsageError if the log cannot be written.
     """
-    start_s = time.perf_counter()
-
-    def now() -> float:
-        return time.perf_counter() - start_s
-
+    start_s = now()
     with ExitStack() as opened:
-        hear = opened.enter_context(_listening(plan.request, say))
-        answered = threading.Event()
-        sensors = detect(plan.machine, plan.profile)
-        listeners = [lambda _reading: answered.set()]
-        sampler = opened.enter_context(Sampler(sensors, STEP_S, listeners=listeners, timing=Timing(now=now)))
-        ladder = _ladder(plan, runtime, say)
-        answered.wait(_PATIENCE_S)
-        controller = Controller(_answerable(plan, sampler.latest, say), ladder, hear)
-
-        def set_threads(n_threads: int) -> None:
-            for piece in runtime.engine.slices:
-                piece.set_threads(n_threads)
-
-        pilot = Pilot(controller, set_threads, lambda: sampler.latest, now, time.sleep)
+        hear = opened.enter_context(_listening(plan.request, say, start_s))
+        exits = _exits(plan, runtime)
+        if exits is not None:
+            _tell_exits(plan, exits, say)
+        gb_per_token = runtime.header.file_bytes / 1e9
+        times = _token_times(runtime, say, exits)
+        ladder = run_ladder(times, plan.power, gb_per_token, runtime.options.mode, exits)
+        _tell_dropped(plan, ladder, say)
+        targets = _answerable(plan, _first_reading(sampler, now), say)
+        controller = Controller(targets, ladder, hear, _settings(runtime, exits))
+        estimate = _Estimate(plan.power, os.cpu_count() or 1, gb_per_token)
+        pilot = Pilot(controller, _RuntimeControls(runtime), lambda: sampler.latest, now, time.sleep, estimate)
         pilot.begin()
         try:
             yield pilot
@@ -131,9 +188,46 @@ def steering(plan: Plan, runtime: Runtime, say: Callable[[str], None]) -> Iterat
                 say(f"control: {controller.explain()[-1]}")
 
 
+class _Estimate:
+    """The board's power, by its model, where no sensor knows it: by the load of its cores and the weights read."""
+
+    def __init__(self, model: PowerModel, n_cores: int, gb_per_token: float) -> None:
+        self._model, self._n_cores, self._gb = model, n_cores, gb_per_token
+
+    def __call__(self, reading: Reading, time_per_token_ms: float | None) -> Reading:
+        if reading.power_w is not None:
+            return reading
+        gb_per_s = self._gb / (time_per_token_ms / 1e3) if time_per_token_ms else 0.0
+        return self._model.fill([reading], self._n_cores, gb_per_s)[0]
+
+
+class _RuntimeControls:
+    """A runtime, as a pilot steers it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    @property
+    def engine(self) -> Engine:
+        return self._runtime.engine
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._runtime.engine.stats
+
+    def set_threads(self, n_threads: int) -> None:
+        self._runtime.set_threads(n_threads)
+
+    def set_thresholds(self, exit_below: tuple[float, ...]) -> None:
+        self._runtime.thresholds = Thresholds(exit_below)
+
+    def set_audit_rate(self, rate: float) -> None:
+        self._runtime.engine.audit_rate = rate
+
+
 @contextmanager
-def _listening(request: SteeringRequest, say: Callable[[str], None]) -> Iterator[Callable[[Event], None]]:
-    """What passes events on to people and to the log, as far as that is asked for."""
+def _listening(request: SteeringRequest, say: Say, start_s: float) -> Iterator[Callable[[Event], None]]:
+    """What passes events on to people and to the log, as far as that is asked for, with times since `start_s`."""
     with ExitStack() as opened:
         listeners: list[Callable[[Event], None]] = []
         if request.explain:
@@ -146,19 +240,89 @@ def _listening(request: SteeringRequest, say: Callable[[str], None]) -> Iterator
 
         def hear(event: Event) -> None:
             for listener in listeners:
-                listener(event)
+                listener(replace(event, time_s=event.time_s - start_s))
 
         yield hear
 
 
-def _ladder(plan: Plan, runtime: Runtime, say: Callable[[str], None]) -> Ladder:
-    most = runtime.options.n_threads or default_threads()
-    say(f"measure the time of a token with 1 to {most} threads")
-    times = token_times_ms(runtime.engine.slices, range(1, most + 1))
-    return lossless_ladder(times, plan.power, runtime.header.file_bytes / 1e9, runtime.options.mode)
+# ── what may be chosen, and what it takes ───────────────────────────────────────────────────────────────────────────
 
 
-def _answerable(plan: Plan, reading: Reading | None, say: Callable[[str], None]) -> Targets:
+def _exits(plan: Plan, runtime: Runtime) -> Exits | None:
+    """What the run's pack certifies within the targets; None in a run without exits."""
+    if plan.pack is None:
+        return None
+    signal, cap = runtime.options.signal or plan.pack.default_signal, runtime.engine.settings.cap
+    return exits_of(plan.pack, signal, plan.targets.budget, runtime.header.n_layer, cap)
+
+
+def _tell_exits(plan: Plan, exits: Exits, say: Say) -> None:
+    if plan.targets.budget == 0:
+        say(f"warning: the target '{plan.request.target}' allows no disagreement, so no token exits")
+    elif plan.request.explain:
+        for rung in exits.certified:
+            say(f"control: exits certified for {rung.bound:g}: {rung.sentence()}")
+
+
+def _tell_dropped(plan: Plan, ladder: Ladder, say: Say) -> None:
+    """Exits that are never worth it on this machine, by prediction."""
+    if plan.request.explain:
+        for dropped in ladder.dropped:
+            if not dropped.rung.lossless and not dropped.rung.rest:
+                say(f"control: '{dropped.rung.name}' is never used: {dropped.reason}")
+
+
+def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, TokenTimes]:
+    """Times with each number of threads up to the run's own; measured, if they never were."""
+    options = runtime.options
+    most = options.n_threads or default_threads()
+    counts = range(1, most + 1)
+    batch = 0 if exits is None else min(LATE_BATCH, exits.cap + 1, options.n_batch)
+    kept = Kept(
+        "token-times",
+        _FORMAT,
+        {
+            "model_sha256": model_hash(Path(runtime.header.path)),
+            "library": library_hash(),
+            "kernels": runtime.model.kernels,
+            "machine": machine_name(),
+            "kv_type": options.kv_type.value,
+            "flash_attention": options.flash_attention,
+            "boundaries": options.boundaries or (),
+            "n_threads": most,
+            "batch": batch,
+        },
+    )
+    times = kept.read(lambda rows: times_from_json(rows, counts, batch))
+    if times is None:
+        threads = "1 thread" if most == 1 else f"1 to {most} threads"
+        say(f"measure the time of a token with {threads}, once for this model and machine")
+        times, steady = measure_token_times(runtime.engine.slices, counts, batch)
+        if steady:
+            kept.write(times_to_json(times))
+    return times
+
+
+# ── what is held ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _settings(runtime: Runtime, exits: Exits | None) -> ControlSettings:
+    """Audits as often as the run asks for at least, and a test of what is certified: of exits, or of all tokens."""
+    per_tokens = exits is not None and any(rung.risk == "tokens" for rung in exits.certified)
+    usual = SlowSettings()
+    rate = max(usual.audit_rate, runtime.options.audit_rate)
+    return ControlSettings(slow=replace(usual, audit_rate=rate, per="tokens" if per_tokens else usual.per))
+
+
+def _first_reading(sampler: Sampler, now: Callable[[], float]) -> Reading | None:
+    """The newest reading, waited for a moment; None if there is none then."""
+    until_s = now() + _PATIENCE_S
+    while (reading := sampler.latest) is None and now() < until_s:
+        time.sleep(_LOOK_S)
+    return reading
+
+
+def _answerable(plan: Plan, reading: Reading | None, say: Say) -> Targets:
     """The targets without the profile's ceiling, where no sensor says the temperature.
 
     A ceiling that somebody asked for stays: what it needs is said, and the most saving setting is used.

@@ -54,6 +54,8 @@ class Summary:
     disagreed: int
     disagreement: float | None  # disagreed ÷ audited
     seed: int
+    played: str | None = None  # mode auto: which of the modes it came to, at last
+    policies: dict[str, int] | None = None  # mode auto: tokens written by each policy
     kernels: str = "stock"  # what multiplied the weights: stock, or the edge kernels' instruction set
     relaxed: int = 0  # tokens that full depth would have chosen otherwise: mode margin
     changed: float | None = None  # relaxed ÷ generated

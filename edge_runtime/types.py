@@ -21,6 +21,7 @@ DEFAULT_THETA = 0.9  # mode margin: how likely, beside full depth's first choice
 class Mode(str, Enum):
     """What becomes of a token that left the network early."""
 
+    AUTO = "auto"  # whichever of the others takes least time, of those that are as good; no engine's mode
     FULL = "full"  # no token leaves early
     EXIT = "exit"  # published at once; its missing layers are computed later
     VERIFIED = "verified"  # a draft, published only if full depth agrees: lossless
@@ -147,6 +148,8 @@ class EngineSettings:
     theta: float = DEFAULT_THETA  # mode margin: a second choice more than this times as likely as the first is accepted
 
     def __post_init__(self) -> None:
+        if self.mode is Mode.AUTO:
+            raise UsageError("an engine runs one mode, and auto stands for several", "name the mode")
         if self.cap < 1:
             raise UsageError(f"cap {self.cap} is too small", "at least 1 token must be able to wait")
         if not 0 <= self.audit_rate <= 1:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from edge_runtime.errors import UsageError
-from edge_runtime.types import Floats, TokenIds
+from edge_runtime.types import Floats, Mode, TokenIds
 
 N_VOCAB = 13
 N_EMBD = 3
+ENGINE_MODES = [mode for mode in Mode if mode is not Mode.AUTO]
 _PRIME = 65_521  # products of two such numbers and a sum of some fit 2^53, states fit float32
 
 

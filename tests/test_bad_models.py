@@ -10,8 +10,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from edge_runtime.errors import EdgeError, ModelNotFoundError, ModelUnreadableError, UnsupportedModelError
-from edge_runtime.generate import RunOptions, Runtime, checked_header
+from edge_runtime.generate import RunOptions, Runtime
 from edge_runtime.memory import machine_memory
+from edge_runtime.resolve import checked_header
 
 from .conftest import TinyMaker
 

@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def session(tiny_path: TinyMaker) -> Iterator[ChatSession]:
     model = str(tiny_path("llama", tokenizer=True))
-    arguments = RunArguments(model=model, ctx=256, threads=1, max_tokens=8)
+    arguments = RunArguments(model=model, mode="full", ctx=256, threads=1, max_tokens=8)
     said: list[str] = []
     with Runtime(run_options(arguments)) as runtime:
         session = ChatSession(runtime, arguments, said.append)

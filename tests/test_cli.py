@@ -103,10 +103,10 @@ def test_a_prompt_from_argument_file_and_pipe_is_the_same(
     assert answers[0].code == 0
 
 
-@pytest.mark.parametrize("mode", ["full", "exit", "verified", "margin"])
+@pytest.mark.parametrize("mode", ["auto", "full", "exit", "verified", "margin"])
 def test_json_is_one_object_per_token_and_a_summary(run: RunCli, model: tuple[object, ...], mode: str) -> None:
-    early = () if mode == "full" else ("--mode", mode, "--threshold", "inf", "--boundaries", "2,5")
-    result = run("generate", *model, "-n", 12, "--json", *early, "hello")
+    early = () if mode in ("auto", "full") else ("--threshold", "inf", "--boundaries", "2,5")
+    result = run("generate", *model, "-n", 12, "--json", "--mode", mode, *early, "hello")
     assert_clean(result, 0)
     *tokens, last = [json.loads(line) for line in result.out.splitlines()]
     summary = last["summary"]
@@ -171,19 +171,22 @@ def test_the_context_can_be_filled_to_its_end(run: RunCli, model: tuple[object, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--boundaries", "7"), "outside this model's 7 layers"),
-        (("--boundaries", "0"), "outside this model's 7 layers"),
-        (("--boundaries", "5,2"), "not in order"),
-        (("--boundaries", "3,3"), "given twice"),
+        (("--mode", "full", "--boundaries", "7"), "outside this model's 7 layers"),
+        (("--mode", "full", "--boundaries", "0"), "outside this model's 7 layers"),
+        (("--mode", "full", "--boundaries", "5,2"), "not in order"),
+        (("--mode", "full", "--boundaries", "3,3"), "given twice"),
+        (("--boundaries", "3"), "--boundaries means nothing in mode auto"),
         (("--boundaries", "two"), "are not layer numbers"),
         (("--mode", "exit", "--threshold", "nan"), "threshold nan is no bound on uncertainty"),
         (("--mode", "exit", "--threshold", "-1"), "threshold -1.0 is no bound on uncertainty"),
         (("--mode", "exit", "--threshold", "low"), "threshold 'low' is not a number"),
         (("--mode", "exit", "--threshold", "1,2,3"), "3 thresholds were given for 2 boundaries"),
-        (("--threshold", "1"), "means nothing in mode full"),
-        (("--draft", "ngram"), "--draft means nothing in mode full"),
+        (("--mode", "full", "--threshold", "1"), "means nothing in mode full"),
+        (("--threshold", "1"), "--threshold means nothing in mode auto"),
+        (("--max-disagreement", "0.1"), "needs an exit pack"),
+        (("--draft", "ngram"), "--draft means nothing in mode auto"),
         (("--mode", "exit", "--draft", "heads"), "--draft means nothing in mode exit"),
-        (("--theta", "0.5"), "--theta means nothing in mode full"),
+        (("--theta", "0.5"), "--theta means nothing in mode auto"),
         (("--mode", "verified", "--theta", "0.5"), "--theta means nothing in mode verified"),
         (("--mode", "margin", "--theta", "0"), "theta 0.0 is no ratio"),
         (("--mode", "margin", "--theta", "nan"), "theta nan is no ratio"),
@@ -194,7 +197,7 @@ def test_the_context_can_be_filled_to_its_end(run: RunCli, model: tuple[object, 
         ),
         (("--audit-rate", "nan"), "--audit-rate"),
         (("--temperature", "nan"), "temperature nan"),
-        (("--ctx", "16"), "the context holds 16"),
+        (("--mode", "full", "--ctx", "16"), "the context holds 16"),
         (("--threads", "100000"), "threads"),
         (("--cap", "1000000000"), "cap"),
         (("--kv-type", "q8_0", "--no-flash-attn"), "needs flash attention"),
@@ -316,7 +319,7 @@ def test_ctrl_c_before_the_first_token(model: tuple[object, ...], script: str) -
     assert result.out.strip() == ""
 
 
-@pytest.mark.parametrize("mode", ["full", "exit", "verified", "margin"])
+@pytest.mark.parametrize("mode", ["auto", "full", "exit", "verified", "margin"])
 def test_ctrl_c_during_an_answer_keeps_what_there_is(model: tuple[object, ...], mode: str) -> None:
     process = start(program("generate", *model, *LONG, "--mode", mode, "hello"))
     assert process.stdout is not None

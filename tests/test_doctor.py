@@ -16,6 +16,7 @@ from edge_runtime.errors import LibraryError
 from edge_runtime.sensors.detect import recorded_machine
 from edge_runtime.sensors.machine import Machine, Sensor
 from edge_runtime.sensors.reading import Reading
+from edge_runtime.sensors.recording import Recorder
 from edge_runtime.sensors.sampler import SensorGroup
 
 from .cli_helpers import RunCli, assert_clean, finish, program, runner, start
@@ -96,6 +97,20 @@ def test_the_device_profile_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "throttles at 80 °C" in check.detail
 
 
+def test_threads_and_batch_and_who_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 3)
+    monkeypatch.setattr(doctor, "default_threads", lambda: 2)
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "pi5")
+    found = by_part(doctor.examine(None))
+    assert found["threads"].detail.startswith("3, of the 4 that the device profile pi5 says: the machine has ")
+    assert found["threads"].detail.endswith("this process may use 3")
+    assert found["batch"].detail == "64 prompt tokens at once, as the device profile pi5 says"
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "none at all")
+    found = by_part(doctor.examine(None))
+    assert found["threads"].detail.startswith("2, one per physical core: ")
+    assert found["batch"].detail == "128 prompt tokens at once, no device profile says more"
+
+
 def test_a_device_profile_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "pi55")
     check = by_part(doctor.examine(None))["device profile"]
@@ -160,6 +175,42 @@ def test_a_sensor_that_breaks(tmp_path: Path) -> None:
 
 def test_sensors_are_a_part_of_the_installation() -> None:
     assert "sensors" in by_part(doctor.examine(None))
+
+
+def test_a_replay_instead_of_the_sensors(run: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "detect", lambda *_: pytest.fail("it looked for sensors"))
+    path = tmp_path / "day.jsonl"
+    with Recorder(path, "A Board") as recorder:
+        recorder.append(Reading(5.0, temp_c=40.0, sensors=("thermal",)))
+        recorder.append(Reading(7.0, temp_c=45.0, power_w=3.0, sensors=("thermal", "pmic")))
+    found = by_part(doctor.examine(None, path))
+    said = "2 readings in 2 s by thermal, pmic, at first 40.0 °C, 3.00 W"
+    assert found["sensors"] == Check("sensors", Status.OK, f"a replay of {path}, from A Board: {said}")
+    assert "no power" not in found
+    assert "in the recording" in found["no throttling"].detail
+    result = run("doctor", "--json", "--replay", path)
+    assert_clean(result, 0)
+    assert "a replay of" in result.out
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "cannot be read: No such file"),
+        ("", "line 1: this is no recording of sensors"),
+        ('{"format": "edge-runtime sensors", "version": 1, "machine": "x"}\n', "a recording without readings"),
+        ('{"format": "edge-runtime sensors", "version": 1, "machine": "x"}\n{"time_s": "a"}\n', "line 2"),
+    ],
+)
+def test_a_replay_that_is_none(run: RunCli, tmp_path: Path, text: str | None, why: str) -> None:
+    path = tmp_path / "day.jsonl"
+    if text is not None:
+        path.write_text(text)
+    result = run("doctor", "--replay", path)
+    assert result.code == 1
+    assert why in result.out
+    assert "hint: " in result.out
+    assert "memory" in result.out  # the rest is still checked
 
 
 def test_bindings_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.energy.account import Energy, idle_power, integrate
 from edge_runtime.energy.fit import Point, fit, nonnegative_least_squares
-from edge_runtime.energy.live import IDLE_WATCH_S, watch
+from edge_runtime.energy.live import IDLE_WATCH_S, energy_meter, run_sampler
 from edge_runtime.energy.meter_log import read_meter
 from edge_runtime.energy.model import PowerModel
 from edge_runtime.energy.points import Traffic, recorded_points
@@ -268,7 +268,8 @@ def test_the_machine_is_watched_idling_unless_that_is_given(
         slept.append(seconds)
         assert sensor.enough.wait(60)
 
-    with watch([sensor], given_w, MODEL, timing=timing, sleep=sleep) as meter:
+    with run_sampler([sensor], timing) as sampler:
+        meter = energy_meter(sampler, given_w, MODEL, sleep=sleep)
         assert meter.idle_w == idle_w
         assert meter.model is MODEL
         assert meter.n_cores >= 1
@@ -303,7 +304,8 @@ def test_sensors_that_are_read_seldom_are_watched_for_longer(power_w: float | No
         assert read.acquire(timeout=60)
 
     timing = Timing(now=lambda: float(next(ticks)), cpu=lambda: 0.0, wait=wait)
-    with watch([Slow(0.0)], timing=timing, sleep=sleep) as meter:
+    with run_sampler([Slow(0.0)], timing) as sampler:
+        meter = energy_meter(sampler, sleep=sleep)
         assert (meter.idle_w, len(slept)) == (power_w, n_watches)
 
 

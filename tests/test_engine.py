@@ -20,7 +20,15 @@ from edge_runtime.signals import signals_of
 from edge_runtime.slices import Slice
 from edge_runtime.types import Audit, EngineSettings, Floats, Mode, Signals, Step, Thresholds
 
-from .fakes import FakeSlice, GreedySampler, Interrupted, fake_slices, oracle_logits, oracle_states
+from .fakes import (
+    ENGINE_MODES,
+    FakeSlice,
+    GreedySampler,
+    Interrupted,
+    fake_slices,
+    oracle_logits,
+    oracle_states,
+)
 
 N_LAYER = 6
 PROMPT = [3, 1, 4, 1, 5]
@@ -373,7 +381,7 @@ def test_thresholds_are_read_once_per_token() -> None:
 # ── stopping, resuming, forgetting ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 def test_the_context_ends_the_text(mode: Mode) -> None:
     engine, slices = make_engine(mode, n_ctx=20)
     engine.extend(PROMPT)
@@ -464,7 +472,7 @@ LIMITS = st.sampled_from([0.0, 1.0, 2.0, 2.4, 2.55, math.inf])
 
 @settings(max_examples=300, deadline=None)
 @given(
-    mode=st.sampled_from(list(Mode)),
+    mode=st.sampled_from(ENGINE_MODES),
     boundaries=st.lists(st.integers(1, N_LAYER - 1), unique=True, max_size=4).map(sorted),
     data=st.data(),
     cap=st.integers(1, 7),
@@ -759,7 +767,7 @@ def test_last_states_are_right_whatever_came_before(first: str, then: str) -> No
     assert_caches_exact(engine, slices)
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 @pytest.mark.parametrize("boundary", [0, 1, 2])
 def test_no_slice_is_ever_given_more_than_the_context_holds(mode: Mode, boundary: int) -> None:
     source = Scripted(boundary, lambda text: full_depth(text, 1)[0])
@@ -816,7 +824,7 @@ def test_a_reset_starts_the_samplers_random_numbers_again(monkeypatch: pytest.Mo
     assert len(resets) == 1
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_interrupted_settle_can_be_repeated(mode: Mode, which: int, after: int) -> None:
@@ -832,7 +840,7 @@ def test_an_interrupted_settle_can_be_repeated(mode: Mode, which: int, after: in
 
 
 def test_the_sampler_hears_of_every_token_once_and_of_no_draft() -> None:
-    for mode in Mode:
+    for mode in ENGINE_MODES:
         engine, _ = make_engine(mode, noisy=True, thresholds=2.4)
         engine.extend(PROMPT)
         list(engine.generate(20))
@@ -872,7 +880,7 @@ class InterruptedSampler(GreedySampler):
             raise Interrupted
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 @pytest.mark.parametrize("after", range(1, 9))
 def test_a_token_that_was_never_handed_out_never_was(mode: Mode, after: int) -> None:
     engine, slices = make_engine(mode, (2,), source=AllKnowing())

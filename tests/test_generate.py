@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import generate
+from edge_runtime import generate, resolve
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.energy.model import PowerModel
 from edge_runtime.energy.request import Meter
 from edge_runtime.errors import BoundaryError, MemoryLimitError, ModelError, PromptError, UsageError
-from edge_runtime.generate import Chunk, RunOptions, Runtime, common_prefix, default_boundaries
+from edge_runtime.generate import Chunk, RunOptions, Runtime, common_prefix
 from edge_runtime.memory import MachineMemory
 from edge_runtime.native import Model
+from edge_runtime.resolve import default_boundaries
 from edge_runtime.sensors.reading import Reading
 from edge_runtime.summary import Finish
 from edge_runtime.templates import ChatTemplate, Message
 from edge_runtime.types import Mode, SamplingSettings
 
 from .conftest import TinyMaker
+from .fakes import ENGINE_MODES
 
 PROMPT = "Once upon"
 
@@ -36,7 +38,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def options(tiny_path: TinyMaker) -> RunOptions:
-    return RunOptions(model=str(tiny_path("llama", tokenizer=True)), n_ctx=256, n_threads=1)
+    return RunOptions(str(tiny_path("llama", tokenizer=True)), Mode.FULL, n_ctx=256, n_threads=1)
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def test_the_summary_of_a_stopped_answer_says_interrupted(runtime: Runtime) -> N
     assert runtime.engine.tokens[-1] == first.step.token
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 def test_a_conversation_is_computed_once_and_gives_the_same(options: RunOptions, mode: Mode) -> None:
     options = dataclasses.replace(options, mode=mode, boundaries=(2, 5), thresholds=(2.0,))
     with Runtime(options) as runtime, Runtime(options) as fresh:
@@ -303,13 +305,13 @@ def test_options_that_do_not_go_together(options: RunOptions, changes: dict[str,
 
 def test_a_model_that_cannot_fit_is_not_loaded(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "Model", None)
-    monkeypatch.setattr(generate, "machine_memory", lambda: MachineMemory(1000, 1000))
+    monkeypatch.setattr(resolve, "machine_memory", lambda: MachineMemory(1000, 1000))
     with pytest.raises(MemoryLimitError):
         Runtime(options)
 
 
 def test_a_tight_fit_and_a_stretched_context_are_noted(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "machine_memory", lambda: MachineMemory(2**40, 0))
+    monkeypatch.setattr(resolve, "machine_memory", lambda: MachineMemory(2**40, 0))
     notes: list[str] = []
     with Runtime(dataclasses.replace(options, n_ctx=4096), notes.append):
         pass
@@ -399,6 +401,6 @@ def test_characters_of_several_tokens_come_whole(demo_model: Model, demo_path: P
     text = "東京 🦊"
     tokens = demo_model.tokenize(text, add_special=False, parse_special=False)
     assert len(tokens) > len(text)
-    with Runtime(RunOptions(model=str(demo_path), n_ctx=256, n_threads=1)) as runtime:
+    with Runtime(RunOptions(str(demo_path), Mode.FULL, n_ctx=256, n_threads=1)) as runtime:
         pieces = [runtime.model.piece(t) for t in tokens]
     assert b"".join(pieces).decode() == text

@@ -13,6 +13,7 @@ from edge_runtime import lens_view
 from edge_runtime.errors import BoundaryError, PromptError, UsageError
 from edge_runtime.generate import RunOptions, Runtime
 from edge_runtime.lens import MAX_TOKENS, read_lens, spaced_boundaries
+from edge_runtime.types import Mode
 
 from .cli_helpers import RunCli, assert_clean, runner
 from .conftest import TinyMaker
@@ -34,7 +35,7 @@ TEXT = "A text of more tokens than go through a slice at once, cut into batches.
 def test_the_last_reading_is_what_the_model_says_next(model: str) -> None:
     lens = read_lens(model, TEXT, (2, 5), n_threads=1)
     assert lens.layers == (2, 5, 7)
-    with Runtime(RunOptions(model=model, n_ctx=256, n_threads=1)) as runtime:
+    with Runtime(RunOptions(model, Mode.FULL, n_ctx=256, n_threads=1)) as runtime:
         tokens = runtime.text_tokens(TEXT)
         assert [row.token for row in lens.rows] == tokens
         for end in (1, 31, 32, 33, len(tokens)):

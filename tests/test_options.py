@@ -9,9 +9,9 @@ from typing import Annotated, Optional
 import pytest
 
 from edge_runtime.errors import BoundaryError, UsageError
-from edge_runtime.generate import DRAFTS
 from edge_runtime.native import KvType
 from edge_runtime.options import RunArguments, _annotations, parse_boundaries, parse_thresholds, run_options
+from edge_runtime.resolve import DRAFTS
 from edge_runtime.types import Mode
 
 
@@ -53,7 +53,7 @@ def test_thresholds_that_are_no_entropies(text: str) -> None:
 
 def test_a_threshold_in_mode_full_cannot_be_meant() -> None:
     with pytest.raises(UsageError, match="mode full"):
-        run_options(RunArguments(threshold="1"))
+        run_options(RunArguments(mode="full", threshold="1"))
 
 
 def test_a_seed_is_drawn_only_where_chance_decides() -> None:

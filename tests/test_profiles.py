@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 import edge_runtime.sensors
-from edge_runtime import profiles
+from edge_runtime import options, profiles
 from edge_runtime.errors import UsageError
+from edge_runtime.options import RunArguments, run_options
 from edge_runtime.profile_schema import TARGET_NAMES, read_profile
 from edge_runtime.profiles import (
     Detect,
     PowerFit,
     Profile,
+    RunDefaults,
     Targets,
     Thermal,
     choose_profile,
@@ -26,7 +28,10 @@ from edge_runtime.profiles import (
     detect_profile,
     load_profile,
     profile_names,
+    run_defaults,
+    usable_cores,
 )
+from edge_runtime.resolve import RunOptions
 from edge_runtime.sensors.machine import Machine
 from edge_runtime.sensors.reading import PowerSource
 
@@ -114,7 +119,7 @@ def test_a_profile_cannot_be_changed() -> None:
 
 def test_what_a_profile_sets_in_one_line() -> None:
     assert describe(load_profile("pi4")) == (
-        "4 threads; micro-batches of 32; sensors raspberry-pi, thermal, cpufreq, load, battery, psutil; "
+        "4 threads; prompts in batches of 32; sensors raspberry-pi, thermal, cpufreq, load, battery, psutil; "
         "estimated power model; ceiling 76 °C, throttles at 80 °C; targets battery, quiet, balanced, fast"
     )
     assert describe(Profile("x")) == "a thread per physical core; no power model"
@@ -305,6 +310,48 @@ def test_a_profile_of_the_users_own(tmp_path: Path) -> None:
 def test_without_any_profiles_there_is_an_error_not_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown device 'generic'; known: none"):
         detect_profile(Machine(tmp_path), "Linux", "aarch64", tmp_path)
+
+
+# ── how a model runs there ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "n_usable", "n_threads", "n_batch"),
+    [("pi4", 4, 4, 32), ("pi5", 2, 2, 64), ("pi5", 8, 4, 64), ("x86-64", 8, 0, 128), ("generic", 8, 0, 128)],
+)
+def test_a_device_says_how_a_model_runs_with_no_more_threads_than_cores(
+    name: str, n_usable: int, n_threads: int, n_batch: int
+) -> None:
+    assert run_defaults(load_profile(name), n_usable) == RunDefaults(n_threads, n_batch)
+
+
+def test_without_a_word_of_the_profile_a_model_runs_as_the_library_does() -> None:
+    plain = RunOptions()
+    for profile in (Profile("x"), load_profile("x86-64"), load_profile("generic")):
+        assert run_defaults(profile, 64) == RunDefaults(plain.n_threads, plain.n_batch)
+
+
+def test_what_the_command_line_says_beats_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "usable_cores", lambda: 3)
+
+    def found(**arguments: object) -> tuple[int, int]:
+        chosen = run_options(RunArguments(**arguments))  # type: ignore[arg-type]
+        return chosen.n_threads, chosen.n_batch
+
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "generic")
+    assert found() == (0, 128)
+    assert found(device="pi4") == (3, 32)
+    assert found(device="pi4", threads=8, batch=512) == (8, 512)
+    assert found(device="pi4", threads=1) == (1, 32)
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "jetson-nano")
+    assert found() == (3, 32)
+    monkeypatch.setenv("EDGE_RUNTIME_DEVICE", "jetson-mano")
+    with pytest.raises(UsageError, match="unknown device 'jetson-mano'"):
+        run_options(RunArguments())
+
+
+def test_cores_that_may_be_used_are_at_least_one() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 # ── what is wrong with a file ───────────────────────────────────────────────────────────────────────────────────────

@@ -16,8 +16,9 @@ from edge_runtime.errors import BoundaryError, PackError, UsageError
 from edge_runtime.exits.pack import ExitPack
 from edge_runtime.exits.settings import certified_rung, exit_settings
 from edge_runtime.exits.thresholds import Rung
-from edge_runtime.generate import DEFAULT_THRESHOLD, HEADS, RunOptions, Runtime
+from edge_runtime.generate import RunOptions, Runtime
 from edge_runtime.options import RunArguments, run_options
+from edge_runtime.resolve import DEFAULT_THRESHOLD, HEADS
 from edge_runtime.types import SIGNALS, Mode
 
 from .cli_helpers import RunCli, runner
@@ -269,6 +270,6 @@ def test_the_command_line(
     assert done.code == 1
     assert "about 900 prompts are needed" in done.err
     for option, value in (("--signal", "margin"), ("--head", "shared"), ("--max-disagreement", 0.1)):
-        done = run(*common, option, value, "Once upon")
+        done = run(*common, "--mode", "full", option, value, "Once upon")
         assert done.code == 2
         assert f"{option} means nothing in mode full" in done.err

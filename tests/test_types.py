@@ -82,7 +82,7 @@ def test_an_audit_rate_that_is_no_number() -> None:
 
 
 def test_modes_are_words() -> None:
-    assert [mode.value for mode in Mode] == ["full", "exit", "verified", "margin"]
+    assert [mode.value for mode in Mode] == ["auto", "full", "exit", "verified", "margin"]
     assert Mode("exit") is Mode.EXIT
     assert [mode for mode in Mode if mode.verifies] == [Mode.VERIFIED, Mode.MARGIN]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from ..batch_costs import measurable_sizes, measure_batch_costs
 from ..draft import DraftSource
 from ..engine import Engine
-from ..generate import NGRAM_CAP, RunOptions, Runtime
+from ..generate import Runtime
 from ..native import ContextOptions
 from ..ngram import NGrams
+from ..resolve import NGRAM_CAP, RunOptions
 from ..sampling import Sampler
 from ..slices import close_slices, default_threads, open_slices
 from ..templates import Message
@@ -47,7 +48,13 @@ class DraftRig:
         self.n_threads, self._theta = n_threads or default_threads(), theta
         context = ContextOptions(n_ctx=N_CTX, n_batch=N_BATCH, n_threads=self.n_threads, flash_attention=True)
         asked = RunOptions(
-            model, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=self.n_threads, flash_attention=True, kernels=kernels
+            model,
+            Mode.FULL,
+            n_ctx=N_CTX,
+            n_batch=N_BATCH,
+            n_threads=self.n_threads,
+            flash_attention=True,
+            kernels=kernels,
         )
         with ExitStack() as opened:
             self._runtime = opened.enter_context(Runtime(asked))

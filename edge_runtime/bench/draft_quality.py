@@ -15,8 +15,8 @@ import numpy as np
 from ..draft import BoundaryView, DraftSource, Guess
 from ..errors import UsageError
 from ..exits.quality import Interval, Resamples
-from ..generate import NGRAM_CAP
 from ..ngram import NGrams
+from ..resolve import NGRAM_CAP
 from ..types import Floats, Mode, Signals
 from .draft_costs import DraftRig
 from .turns import Countdown

@@ -269,7 +269,7 @@ def requantised(
 
 def random_model(kind: str, folder: Path, say: Callable[[str], None], shape: ModelShape = ONE_BILLION) -> Path:
     """A random model of a shape of 1B parameters in Q4_0 or Q8_0, made once and kept in `folder`."""
-    target = folder / f"random-1b-{kind.lower()}.gguf"
+    target = folder / f"random-1b-{kind.lower()}{'-text' if shape.tokenizer else ''}.gguf"
     if not target.exists():
         say(f"make {target.name}")
         part = target.with_suffix(".part")

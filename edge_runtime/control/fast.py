@@ -114,7 +114,8 @@ def _choose(view: View, limits: Limits) -> Choice:
     if current is None or choice.rung.power_w <= current.power_w:
         return choice
     # what a step up does to the temperature shows before the next one is due
-    next_w = min(rung.power_w for rung in rungs if rung.power_w > current.power_w)
+    allowed = [rung for rung in rungs if rung.disagreement <= limits.disagreement]
+    next_w = min(rung.power_w for rung in allowed if rung.power_w > current.power_w)
     return choose([rung for rung in rungs if rung.power_w <= next_w], current, limits, pace.time_ms)
 
 

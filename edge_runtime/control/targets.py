@@ -94,7 +94,8 @@ def check_targets(targets: Targets, ladder: Ladder, reading: Reading | None = No
 
 
 def _quality(targets: Targets, ladder: Ladder) -> list[Finding]:
-    bounds = [rung.disagreement for rung in ladder.rungs if not rung.lossless]
+    there_are = (*ladder.rungs, *(dropped.rung for dropped in ladder.dropped))
+    bounds = [rung.disagreement for rung in there_are if not rung.lossless]
     if not targets.budget or (bounds and min(bounds) <= targets.budget):
         return []
     there = f"the most careful exits are certified for {min(bounds):g}" if bounds else "no exits are certified at all"

@@ -1,12 +1,11 @@
-"""The energy of answers that are being given: this machine's sensors, sampled."""
+"""The energy of answers that are being given: readings of a sampler that runs, and what the machine takes when idle."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from ..sensors.machine import Sensor
 from ..sensors.sampler import Sampler, Timing
@@ -20,23 +19,25 @@ _IDLE_WATCHES = 4  # at most: dear sensors are read seldom
 _TIMING = Timing(now=time.perf_counter)  # the clock of answers
 
 
-@contextmanager
-def watch(
-    sensors: Sequence[Sensor],
+def run_sampler(sensors: Sequence[Sensor], timing: Timing = _TIMING) -> Sampler:
+    """What samples `sensors` for a run's answers, by their clock; it begins with `with`."""
+    return Sampler(sensors, INTERVAL_S, timing=timing)
+
+
+def energy_meter(
+    sampler: Sampler,
     idle_w: float | None = None,
     model: PowerModel | None = None,
     *,
-    timing: Timing = _TIMING,
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Meter]:
-    """Sample `sensors` while inside. Without `idle_w`, the machine is watched for a moment first, as it idles.
+) -> Meter:
+    """The meter of answers while `sampler` runs. Without `idle_w`, the machine is watched for a moment, as it idles.
 
     The meter's idle power is None if it does not. `model` is used where no sensor has a power.
     """
-    with Sampler(sensors, INTERVAL_S, timing=timing) as sampler:
-        if idle_w is None:
-            idle_w = _watch_idling(sampler, sleep)
-        yield Meter(sampler.since, idle_w, model, os.cpu_count() or 1)
+    if idle_w is None:
+        idle_w = _watch_idling(sampler, sleep)
+    return Meter(sampler.since, idle_w, model, os.cpu_count() or 1)
 
 
 def _watch_idling(sampler: Sampler, sleep: Callable[[float], None]) -> float | None:

@@ -223,6 +223,9 @@ class HeadContext:
         """Logits (n_rows,) of a wanted row; a view, valid until the next decode."""
         return self._context.logits(row)
 
+    def set_threads(self, n_threads: int) -> None:
+        self._context.set_threads(n_threads)
+
     def forget(self, position: int) -> None:
         """Remove `position` and all later ones."""
         self._context.remove(position)

@@ -60,6 +60,9 @@ class _Follower:
         self._read((row,))
         return self._head.logits(row)
 
+    def set_threads(self, n_threads: int) -> None:
+        self._head.set_threads(n_threads)
+
     def forget(self, length: int) -> None:
         self._n_waiting = max(0, min(self._n_waiting, length - self._n_read))
         self._n_read = min(self._n_read, length)
@@ -149,6 +152,10 @@ class PackHeads:
         if self._gates:
             signals = replace(signals, gate=self._gates[index].probability(signals))
         return Guess(logits[: self._other], signals, uncertainty(signals, self._signal), self._shortlist)
+
+    def set_threads(self, n_threads: int) -> None:
+        for head in self._heads:
+            head.set_threads(n_threads)
 
     def close(self) -> None:
         self._opened.close()

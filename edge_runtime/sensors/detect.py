@@ -68,14 +68,17 @@ class Missing:
     hint: str = ""
 
 
-def missing(machine: Machine, reading: Reading) -> Iterator[Missing]:
-    """What a reading of the machine lacks that others have, and what to do about it."""
+def missing(machine: Machine | None, reading: Reading) -> Iterator[Missing]:
+    """What a reading of the machine lacks that others have, and what to do about it; None: it is of a recording."""
+    who = "no sensor" if machine is not None else "no sensor in the recording"
     if reading.power_w is None:
-        yield _missing_power(machine)
+        yield _missing_power(machine) if machine is not None else Missing("power", f"{who} tells it")
     if reading.temp_c is None:
-        yield Missing("temperature", "no sensor tells it")
+        yield Missing("temperature", f"{who} tells it")
     if reading.throttled_now is None:
-        yield Missing("throttling", "no sensor tells whether heat or the supply slows the processor down")
+        yield Missing("throttling", f"{who} tells whether heat or the supply slows the processor down")
+    if machine is None:
+        return
     if "nvml" not in reading.sensors and machine.text("proc/driver/nvidia/version") is not None:
         yield Missing("GPU", "NVIDIA's driver is there, but its NVML does not answer", "pip install nvidia-ml-py")
 

@@ -28,7 +28,7 @@ def options(demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """With batches that cost nothing more, so that there are many drafts and long ones."""
     monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
     monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01)))
-    return RunOptions(model=str(demo_path), n_ctx=1024, n_threads=1)
+    return RunOptions(str(demo_path), Mode.FULL, n_ctx=1024, n_threads=1)
 
 
 def answers(options: RunOptions) -> tuple[list[list[int]], int, int]:
