@@ -9,6 +9,7 @@ import typer
 
 from . import __version__
 from .calibrate_cli import CALIBRATE_EPILOG, calibrate
+from .config_cli import CONFIG_EPILOG, show_config
 from .energy_cli import energy_app
 from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
@@ -23,6 +24,8 @@ from .options import (
 )
 from .sensing_options import SensingArguments
 from .sensors_cli import SENSORS_EPILOG, sensors
+from .service_cli import service_app
+from .translate_cli import TRANSLATE_EPILOG, translate
 
 app = typer.Typer(
     name="edge-run",
@@ -187,5 +190,8 @@ def models(as_json: JsonOption = False) -> None:
 app.command(epilog=CALIBRATE_EPILOG)(calibrate)
 app.command(epilog=SENSORS_EPILOG)(sensors)
 app.command(epilog=MODERATE_EPILOG)(moderate)
+app.command("config", epilog=CONFIG_EPILOG)(show_config)
+app.command(epilog=TRANSLATE_EPILOG)(translate)
 app.add_typer(labels_app, name="labels")
 app.add_typer(energy_app, name="energy")
+app.add_typer(service_app, name="service")

@@ -116,7 +116,7 @@ def test_json_is_one_object_per_token_and_a_summary(run: RunCli, model: tuple[ob
     assert {"token", "text", "position", "depth", "boundary", "signals", "drafted", "relaxed", "audits"} <= set(
         tokens[0]
     )
-    text = run("generate", *model, "-n", 12, "--quiet", *early, "hello").out
+    text = run("generate", *model, "-n", 12, "--quiet", "--mode", mode, *early, "hello").out
     assert "".join(t["text"] for t in tokens).rstrip("\n") == text.rstrip("\n")
 
 
