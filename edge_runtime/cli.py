@@ -24,6 +24,7 @@ from .options import (
 )
 from .sensing_options import SensingArguments
 from .sensors_cli import SENSORS_EPILOG, sensors
+from .serve_cli import SERVE_EPILOG, serve
 from .service_cli import service_app
 from .translate_cli import TRANSLATE_EPILOG, translate
 
@@ -190,6 +191,7 @@ def models(as_json: JsonOption = False) -> None:
 app.command(epilog=CALIBRATE_EPILOG)(calibrate)
 app.command(epilog=SENSORS_EPILOG)(sensors)
 app.command(epilog=MODERATE_EPILOG)(moderate)
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command("config", epilog=CONFIG_EPILOG)(show_config)
 app.command(epilog=TRANSLATE_EPILOG)(translate)
 app.add_typer(labels_app, name="labels")

@@ -15,8 +15,7 @@ from typing import Any
 
 from .config import BY_NAME, ENV_PREFIX, KEYS, NO_TARGET, TABLES, Config, Key, Place, config_of, values_of
 from .errors import EdgeError, UsageError
-from .profile_schema import Profile, unknown
-from .profile_schema import _read_toml as read_toml
+from .profile_schema import Profile, read_toml, unknown
 from .profiles import Detected, Files, choose_profile
 from .sensors.machine import Machine
 

@@ -169,14 +169,16 @@ class Runtime:
 
     def _open(self, options: RunOptions) -> None:
         """Open slices and the engine for one policy. The slices that were open must be closed."""
-        started = time.perf_counter()
+        started, measured_s = time.perf_counter(), 0.0
         boundaries, self._thresholds = options.boundaries or (), thresholds_of(options)
         with ExitStack() as opened:
             slices = open_slices(self.model, boundaries, context_options(options), n_outputs_max=n_outputs(options))
             opened.callback(close_slices, slices)
             self._live: LiveCosts | None = None
             if options.mode is not Mode.FULL and options.draft == "ngram":
+                before = time.perf_counter()
                 costs = self._batch_costs(options, slices)
+                measured_s = time.perf_counter() - before
                 if self.asked.mode is Mode.AUTO and not costs.invariant:
                     options = dataclasses.replace(options, mode=Mode.FULL, draft=None)
                 elif self.asked.mode is Mode.AUTO:
@@ -196,7 +198,7 @@ class Runtime:
             self.engine = Engine(slices, self._sampler, settings, now, source, n_ctx=options.n_ctx)
             self._slices_opened = opened.pop_all()
         self.options = options
-        self._open_s = time.perf_counter() - started
+        self._open_s = time.perf_counter() - started - measured_s
 
     def _source(self, options: RunOptions, costs: Sequence[float]) -> DraftSource | None:
         """What guesses at boundaries, or before the first slice, where batches have `costs`."""

@@ -221,7 +221,7 @@ def unknown(what: str, word: str, known: list[str]) -> UsageError:
 
 def read_profile(path: Path) -> Profile:
     """The profile in `path`, whose `name` must be the file's. Raises UsageError for anything wrong with it."""
-    data = _read_toml(path)
+    data = read_toml(path)
     _check(path.name, "", data)
     if data["name"] != path.stem:
         raise UsageError(f"{path.name} says that its name is {data['name']!r}", f"set name = {path.stem!r}")
@@ -230,7 +230,7 @@ def read_profile(path: Path) -> Profile:
     return profile
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Raises UsageError, with line and column of a mistake."""
     try:
         toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

@@ -1,4 +1,4 @@
-"""A systemd that is a table of answers, and the verbs of the service as a command line."""
+"""A systemd that is a table of answers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-import typer
-
-from edge_runtime import cli
-from edge_runtime.config_cli import CONFIG_EPILOG, show_config
 from edge_runtime.service.systemctl import Done, Systemctl
-from edge_runtime.service_cli import service_app
-
-from .cli_helpers import RunCli, runner
-
-
-def service_runner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
-    """run("service", …), run("config", …)."""
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("config", epilog=CONFIG_EPILOG)(show_config)
-    app.add_typer(service_app, name="service")
-    monkeypatch.setattr(cli, "app_command", lambda: typer.main.get_command(app))
-    return runner(capsys, monkeypatch)
 
 
 @dataclass

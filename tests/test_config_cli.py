@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .cli_helpers import RunCli, assert_clean
-from .service_helpers import service_runner
+from .cli_helpers import RunCli, assert_clean, runner
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +18,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
-    return service_runner(capsys, monkeypatch)
+    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture

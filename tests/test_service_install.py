@@ -19,9 +19,9 @@ from edge_runtime.service.systemctl import Done, Systemctl, parse_status
 from edge_runtime.service.unit import DEVICE_DROP_IN, OLDEST_SYSTEMD, SERVICE, SOCKET, unit_files
 from edge_runtime.service_cli import Install, install, status, status_lines, uninstall, unit_folder
 
-from .cli_helpers import RunCli, assert_clean
+from .cli_helpers import RunCli, assert_clean, runner
 from .conftest import TinyMaker
-from .service_helpers import FakeSystemd, service_runner
+from .service_helpers import FakeSystemd
 
 ALL = {SERVICE: "[Service]\nExecStart=/bin/true\n", SOCKET: "[Socket]\n", DEVICE_DROP_IN: "[Service]\n"}
 
@@ -34,7 +34,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
-    return service_runner(capsys, monkeypatch)
+    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture

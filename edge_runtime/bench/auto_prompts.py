@@ -7,7 +7,7 @@ import string
 
 from .draft_prompts import PASSAGES, texts
 
-HOSTILE = ("strings", "code", "long chat")  # nothing in these answers is copied, or what repeats soon stops to
+HOSTILE = ("strings", "code", "long chat")  # a good answer copies nothing; a small model's repeats itself all the same
 HELPFUL = ("rewrite", "summarize", "chat")
 KINDS = (*HOSTILE, *HELPFUL)
 _CODE = (
