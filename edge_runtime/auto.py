@@ -39,6 +39,7 @@ class _Record:
     predicted: float
     times: float = 0.0
     tokens: float = 0.0
+    seen: float = -1.0  # when it wrote last, in token times from the start
 
     @property
     def estimate(self) -> float:
@@ -85,7 +86,7 @@ class Chooser:
         gain = now.estimate - records[best].estimate
         if records[best].estimate < _BETTER * now.estimate and gain * _ANSWER > cost:
             return self._change(best, 0.0)
-        unknown = min(records, key=lambda name: records[name].tokens)
+        unknown = min(records, key=lambda name: records[name].seen)
         # what needs slices is left as soon as it has lost, what needs none stays for an answer
         n = _ANSWER if unknown == self._base else TRIAL
         loss = n * max(0.0, records[unknown].estimate - records[best].estimate)
@@ -108,6 +109,7 @@ class Chooser:
             return
         times = seconds / self._one_s
         self._total += times
+        self._records[self.current].seen = self._total
         if self.current == self._base:
             self._records[self._base].add(times, tokens)
             return

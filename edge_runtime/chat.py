@@ -208,7 +208,7 @@ class ChatSession:
             self.say("note: there was no answer; the message is forgotten")
 
     def _fitting_tokens(self) -> list[int]:
-        n_ctx = self.runtime.engine.n_ctx
+        n_ctx = self.runtime.options.n_ctx
         # an answer of some length must fit, or dropping would begin again with every message
         reserve = min(self.arguments.max_tokens, n_ctx // 4)
         tokens, dropped = self.conversation.fit(self.runtime.chat_tokens, n_ctx - reserve)

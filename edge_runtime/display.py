@@ -153,7 +153,8 @@ def footer(summary: Summary, *, seeded: bool) -> list[str]:
         speed.append(f"decode {summary.decode_tokens_per_s:.1f} tokens/s")
     if seeded:
         speed.append(f"seed {summary.seed}")
-    return [", ".join(speed), *_depth_line(summary), *_energy_line(summary), *_end_line(summary)]
+    left = [f"left: {summary.left}"] if summary.left else []
+    return [", ".join(speed), *_depth_line(summary), *left, *_energy_line(summary), *_end_line(summary)]
 
 
 def _depth_line(summary: Summary) -> list[str]:

@@ -31,7 +31,7 @@ from .cache import model_hash
 from .draft import DraftSource
 from .energy.request import Meter, RequestEnergy, Work, weights_gb
 from .engine import Engine
-from .errors import ModelError, PromptError, UnsupportedModelError
+from .errors import EdgeError, ModelError, PromptError, UnsupportedModelError
 from .exits.costs import Costs
 from .exits.forecast import kept_part_costs, predicted_time
 from .exits.settings import DEFAULT_DISAGREEMENT, certified_rung
@@ -100,6 +100,7 @@ class Runtime:
         self.asked, self._note, self._say, self._meter = options, note, say, meter
         resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
         self._pack = load_pack(options.pack, self.header)
+        self._measured: dict[tuple[CostKey, tuple[int, ...]], BatchCosts] = {}
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
         policies = policies_of(options, self.header, n_ctx, self._pack, note)
         self._head_paths = self._split_heads(policies)
@@ -114,10 +115,6 @@ class Runtime:
             self._start(policies)
             opened.pop_all()
         self.template = template
-        self._clock = Clock(time.perf_counter())
-        self._before = EngineStats()
-        self._finish = Finish.INTERRUPTED
-        self._n_prompt = self._n_reused = 0
 
     def _split_heads(self, policies: Mapping[str, RunOptions]) -> dict[int, Path]:
         """Files of a pack's heads by layer, if a policy needs them."""
@@ -141,6 +138,7 @@ class Runtime:
                 self._chooser = self._choose_among(first, names)
             self._playing = first
             self._opened = opened.pop_all()
+        self._start_counts(0)
 
     def _choose_among(self, first: str, names: Sequence[str]) -> Chooser:
         """A chooser that knows what policies in slices are thought to take, by the measured times of their parts."""
@@ -167,8 +165,8 @@ class Runtime:
             return predicted_time(pack, policy.mode, costs, rung, cap)
         return predicted_time(pack, policy.mode, costs, cap=cap)
 
-    def _open(self, options: RunOptions) -> None:
-        """Open slices and the engine for one policy. The slices that were open must be closed."""
+    def _open(self, options: RunOptions, stats: EngineStats | None = None) -> None:
+        """Open slices and the engine for one policy, which counts on in `stats`. What was open must be closed."""
         started, measured_s = time.perf_counter(), 0.0
         boundaries, self._thresholds = options.boundaries or (), thresholds_of(options)
         with ExitStack() as opened:
@@ -195,7 +193,9 @@ class Runtime:
                 return closed if self._chooser is not None and self._chooser.probing else self._thresholds
 
             settings = engine_settings(options)
-            self.engine = Engine(slices, self._sampler, settings, now, source, n_ctx=options.n_ctx)
+            engine = Engine(slices, self._sampler, settings, now, source, n_ctx=options.n_ctx)
+            engine.stats = stats or engine.stats
+            self._engine = engine
             self._slices_opened = opened.pop_all()
         self.options = options
         self._open_s = time.perf_counter() - started - measured_s
@@ -233,7 +233,10 @@ class Runtime:
             self._say("measure the cost of small batches, once for this model and machine")
             return measure_batch_costs(slices, sizes)
 
-        return kept_batch_costs(self._cost_key(options), sizes, measure)
+        key = self._cost_key(options), sizes
+        if key not in self._measured:  # what was unsteady is kept nowhere else
+            self._measured[key] = kept_batch_costs(*key, measure)
+        return self._measured[key]
 
     def _cost_key(self, options: RunOptions) -> CostKey:
         return CostKey(
@@ -245,6 +248,13 @@ class Runtime:
             kernels=self.model.kernels,
             machine=machine_name(),
         )
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the policy that writes; opened here if a change of policy was interrupted."""
+        if not self._playing and self._chooser is not None:
+            self._play(self._chooser.current)
+        return self._engine
 
     @property
     def thresholds(self) -> Thresholds:
@@ -266,10 +276,16 @@ class Runtime:
         """
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, lambda _text: None)
         policies = policies_of(options, self.header, n_ctx, self._pack, self._note)
+        before = self.asked, self._head_paths, self._policies
         self._head_paths = self._split_heads(policies)
         self._opened.close()
         self.asked = options
-        self._start(policies)
+        try:
+            self._start(policies)
+        except EdgeError:
+            self.asked, self._head_paths, policies = before
+            self._start(policies)
+            raise
 
     def set_threads(self, n_threads: int) -> None:
         """Compute with so many threads from the next token on, heads among it; a change of policy undoes it."""
@@ -320,8 +336,7 @@ class Runtime:
 
     def _begin(self, tokens: Sequence[int]) -> None:
         """Keep what the KV cache shares with the prompt, add the rest, start the counts."""
-        if not self._playing and self._chooser is not None:
-            self._play(self._chooser.current)
+        self._start_counts(len(tokens))
         engine = self.engine
         if not tokens:
             raise PromptError("the prompt is empty", "give some text")
@@ -336,13 +351,16 @@ class Runtime:
             engine, common = self.engine, 0
         # the newest token is always run again, for its logits
         self._n_reused = min(common, len(tokens) - 1, engine.n_computed)
-        self._n_prompt = len(tokens)
-        self._written.clear()
-        self._finish = Finish.INTERRUPTED
-        self._before = copy_stats(engine.stats)
-        self._clock = Clock(time.perf_counter())
         engine.rollback(common)
         engine.extend(tokens[common:])
+
+    def _start_counts(self, n_prompt: int) -> None:
+        """Begin the account of an answer, or of none."""
+        self._n_prompt, self._n_reused, self._finish = n_prompt, 0, Finish.INTERRUPTED
+        self._written.clear()
+        self._left: str | None = None
+        self._before = copy_stats(self._engine.stats)
+        self._clock: Clock = Clock(time.perf_counter())
 
     # ── mode auto ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -379,7 +397,8 @@ class Runtime:
         """Leave slices for the whole model in the middle of an answer: the text is computed again, as a prompt is."""
         assert self._chooser is not None
         engine, name = self.engine, self._playing
-        self._say(f"auto: {POLICIES[name]} took {self._chooser.latest:.2f} times full depth's time: they are left")
+        taken, base = self._chooser.latest, self._chooser.estimate(next(iter(self._policies)))
+        self._left = f"{POLICIES[name]} took {taken:.2f} times plain full depth's time, without them it is {base:.2f}"
         self._play(self._chooser.fall_back(self._change_cost(len(engine.tokens))))
         self.engine.adopt(engine)
 
@@ -388,7 +407,7 @@ class Runtime:
         self._playing = ""  # interrupted from here on, nothing is open
         self._close_slices()
         self._sampler.rewind(())
-        self._open(self._policies[name])
+        self._open(self._policies[name], self._engine.stats)
         self._playing = name
 
     def _finish_of(self, step: Step, ends: bool, stopped: bool, max_tokens: int) -> Finish | None:
@@ -403,11 +422,12 @@ class Runtime:
     @property
     def summary(self) -> Summary:
         """Of the latest answer, or of as much of it as there is; `interrupted` until it has ended by itself."""
-        stats, clock, options = stats_since(self._before, self.engine.stats), self._clock, self.options
+        stats, clock, options = stats_since(self._before, self._engine.stats), self._clock, self.options
         return Summary(
             mode=self.asked.mode.value,
             played=options.mode.value,
             policies=dict(self._written) if self.asked.mode is Mode.AUTO else None,
+            left=self._left,
             boundaries=options.boundaries or (),
             finish_reason=self._finish.reason,
             finish=self._finish.value,

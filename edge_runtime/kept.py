@@ -43,7 +43,7 @@ class Kept:
             record = json.loads(self.path.read_bytes())
             payload = record.pop("payload")
             return parse(payload) if _text(record) == _text(self._heading) else None
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        except (OSError, OverflowError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return None
 
     def write(self, payload: object) -> None:

@@ -76,18 +76,26 @@ class NGramIndex:
 
     def __init__(self) -> None:
         self.text: list[int] = []
+        self._whole = True
         self._latest: dict[tuple[int, ...], int] = {}
         # by size: for each position, the place before it of the n-gram that ends there; 0: none
         self._before: dict[int, list[int]] = {size: [] for size in SIZES}
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Make `tokens` the text. What it shares with the text before is looked at only if it can have changed."""
+        if not self._whole:  # a change was interrupted
+            self.text.clear()
+            self._latest.clear()
+            for before in self._before.values():
+                before.clear()
+        self._whole = False
         known = len(self.text)
         grown = len(tokens) - known
         if not 0 <= grown <= 2 * _TAIL or list(tokens[max(0, known - _TAIL) : known]) != self.text[-_TAIL:]:
             self._shorten(_common_prefix(self.text, tokens))
         for token in tokens[len(self.text) :]:
             self._append(token)
+        self._whole = True
 
     def find(self) -> tuple[int, int] | None:
         """(place, length of the match) of the longest match with the end of the text, or None."""

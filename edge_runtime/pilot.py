@@ -112,7 +112,8 @@ def times_from_json(rows: Any, thread_counts: Sequence[int], batch: int = 0) -> 
     """Times that were kept. Raises ValueError or TypeError unless they are those of `thread_counts` and `batch`."""
     times: dict[int, TokenTimes] = {}
     for n, *row in rows:
-        if len(row) != (4 if batch else 1) or not all(type(x) in (int, float) and 0 < x < math.inf for x in row):
+        good = type(n) is int and len(row) == (4 if batch else 1)
+        if not good or not all(type(x) in (int, float) and 0 < x < math.inf for x in row):
             raise ValueError(f"these are no times of a token: {row}")
         if batch and row[2] != batch:
             raise ValueError(f"these are times of batches of {row[2]}")

@@ -56,6 +56,7 @@ class Summary:
     seed: int
     played: str | None = None  # mode auto: which of the modes it came to, at last
     policies: dict[str, int] | None = None  # mode auto: tokens written by each policy
+    left: str | None = None  # mode auto: which policy lost and was left in this answer, and what it took
     kernels: str = "stock"  # what multiplied the weights: stock, or the edge kernels' instruction set
     relaxed: int = 0  # tokens that full depth would have chosen otherwise: mode margin
     changed: float | None = None  # relaxed ÷ generated

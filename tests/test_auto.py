@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from edge_runtime import generate
 from edge_runtime.auto import BUDGET, TRIAL, Chooser, Round, rounds
 from edge_runtime.batch_costs import BatchCosts
-from edge_runtime.errors import PackError, UsageError
+from edge_runtime.display import footer
+from edge_runtime.errors import MemoryLimitError, PackError, UsageError
 from edge_runtime.exits.costs import Costs
 from edge_runtime.exits.pack import ExitPack
 from edge_runtime.exits.thresholds import Rung
@@ -102,6 +103,16 @@ def test_what_was_thought_worse_is_found_out_to_be_better() -> None:
     wrote = play(Chooser({"text": 1.0, "heads": 1.1}, ONE_S), {"text": 1.0, "heads": 0.7}, 60, cost=5)
     assert wrote[0] == "text"
     assert wrote[-1000:].count("heads") > 900
+
+
+def test_what_has_been_silent_for_long_is_tried_again() -> None:
+    chooser = Chooser({"text": 1.0, "heads": 0.8}, ONE_S)
+    takes = {"text": 1.0, "heads": 0.85}
+    for _ in range(10):  # the text wrote in long rounds once, so that it is known best
+        chooser.observe(40, 40 * ONE_S, alone=False)
+    assert play(chooser, takes, 20).count("heads") > 1800
+    wrote = play(chooser, {"text": 0.4, "heads": 0.85}, 300)
+    assert wrote[-2000:].count("text") > 1900
 
 
 def test_a_machine_that_gets_slower_changes_no_verdict() -> None:
@@ -235,17 +246,18 @@ def test_heads_that_lose_are_left_in_the_middle_of_an_answer(
     full = texts(options, n=80, mode=Mode.FULL, sampling=sampling)
     predict(monkeypatch, 0.5)
     slow(monkeypatch, lambda runtime: 3.0 if runtime.options.boundaries else 1.0)
-    said: list[str] = []
-    with Runtime(dataclasses.replace(options, pack=pack_path, sampling=sampling), say=said.append) as runtime:
+    left: list[str] = []
+    with Runtime(dataclasses.replace(options, pack=pack_path, sampling=sampling)) as runtime:
         for prompt, expected in zip(PROMPTS, full, strict=True):
             assert [c.step.token for c in runtime.stream(runtime.text_tokens(prompt), 80)] == expected
             assert runtime.summary.generated_tokens == 80
+            left += [line for line in footer(runtime.summary, seeded=False) if line.startswith("left: ")]
         written = runtime.summary.policies
         assert runtime.options.boundaries == ()
         assert runtime.engine.stats.published == 240
     assert written is not None
     assert written.get("heads", 0) <= TRIAL + 2
-    assert any("took" in line and "they are left" in line for line in said)
+    assert "drafts of heads took" in left[0]
 
 
 def test_heads_that_win_stay(options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +301,67 @@ def test_an_interrupted_change_is_made_up_for(
             with pytest.raises(KeyboardInterrupt):
                 list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 40))
         assert [c.step.token for c in runtime.stream(runtime.text_tokens(PROMPTS[0]), 40)] == expected
+
+
+def test_counts_go_on_through_changes(options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict(monkeypatch, 0.5)
+    slow(monkeypatch, lambda runtime: 3.0)
+    with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
+        for prompt in PROMPTS:
+            list(runtime.stream(runtime.text_tokens(prompt), 60))
+        assert runtime.engine.stats.published == 180
+        runtime.reopen(runtime.asked)
+        summary = runtime.summary
+        assert (summary.generated_tokens, summary.drafted, summary.accepted, summary.exits) == (0, 0, 0, 0)
+
+
+def test_after_an_interrupted_change_all_else_works_too(
+    options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(monkeypatch, 0.5)
+    with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "open_slices", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 40))
+        assert runtime.summary.generated_tokens == 0
+        runtime.engine.reset()
+        runtime.set_threads(1)
+        assert len(list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 10))) == 10
+
+
+def test_a_reopening_that_fails_leaves_what_there_was(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Runtime(options) as runtime:
+        expected = [c.step.token for c in runtime.stream(runtime.text_tokens(PROMPTS[0]), 20)]
+        real, asked = generate.open_slices, runtime.asked
+
+        def fail_once(*arguments: Any, **named: Any) -> Any:
+            monkeypatch.setattr(generate, "open_slices", real)
+            raise MemoryLimitError("no room")
+
+        monkeypatch.setattr(generate, "open_slices", fail_once)
+        with pytest.raises(MemoryLimitError):
+            runtime.reopen(dataclasses.replace(asked, mode=Mode.EXIT, boundaries=(2,)))
+        assert runtime.asked is asked
+        assert [c.step.token for c in runtime.stream(runtime.text_tokens(PROMPTS[0]), 20)] == expected
+
+
+def test_what_cannot_be_measured_steadily_is_measured_once_in_a_run(
+    options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+
+    def measure(*_: object) -> BatchCosts:
+        calls.append(None)
+        return BatchCosts((1, 16), (1.0, 1.3), 0.001, invariant=True, steady=False)
+
+    monkeypatch.setattr(generate, "measure_batch_costs", measure)
+    predict(monkeypatch, 0.5)
+    slow(monkeypatch, lambda runtime: 3.0)
+    with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
+        for prompt in PROMPTS:
+            list(runtime.stream(runtime.text_tokens(prompt), 60))
+    assert len(calls) == 1
 
 
 def interrupted(*_: object, **__: object) -> None:

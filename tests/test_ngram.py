@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -388,3 +388,29 @@ def test_a_random_text_is_left_alone() -> None:
     list(engine.generate(80))
     assert engine.stats.drafted <= 4
     assert slices[0].largest_batch <= 5
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_an_interrupted_change_is_made_again(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at any token of a longer text, or of a shorter one."""
+    text = [1, 2, 3, 4] * 12
+    for start, end in ((text[:8], text), (text, [*text[:20], 9, 9, 1, 2])):
+        index, left = NGramIndex(), [after]
+        index.follow(start)
+        real = NGramIndex._append
+
+        def interrupted(self: NGramIndex, token: int, left: list[int] = left, real: Any = real) -> None:
+            left[0] -= 1
+            real(self, token)
+            if left[0] < 0:
+                self.text.pop()  # half of it is done
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NGramIndex, "_append", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                index.follow(end)
+        index.follow(end)
+        fresh = NGramIndex()
+        fresh.follow(end)
+        assert (index.text, index._latest, index._before) == (fresh.text, fresh._latest, fresh._before)
