@@ -74,7 +74,8 @@ def _write(figure: Any, path: Path, option: str) -> None:
 
 def _disagreement(trace: Trace) -> Numbers:
     """Percent of the tokens so far that full depth would have chosen otherwise (n,)."""
-    return 100 * np.cumsum(trace.column("wrong")) / np.maximum(1, np.cumsum(trace.column("tokens")))
+    share: Numbers = np.cumsum(trace.column("wrong")) / np.maximum(1, np.cumsum(trace.column("tokens")))
+    return 100 * share
 
 
 def _panel(axis: Any, time_s: Numbers, ours: Numbers, alone: Numbers | None, target: float | None, label: str) -> None:
