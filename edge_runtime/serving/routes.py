@@ -50,7 +50,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The answer was not ready in time."),
     )
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM: dict[str, Any] = {"text/event-stream": {}}  # the document cannot say what an event is
 
 
 class Service:
