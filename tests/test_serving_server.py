@@ -211,7 +211,8 @@ def test_what_is_no_http_is_refused(server: ServerProcess) -> None:
 
 
 def test_killed_under_load_it_starts_again(path: Path, tmp_path: Path) -> None:
-    for round_ in range(3):
+    """$SERVING_KILLS times, each after another number of events of its streams."""
+    for round_ in range(int(os.environ.get("SERVING_KILLS", "3"))):
         made = ServerProcess(tmp_path, "--model", path).ready()
         url = made.url
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
