@@ -276,7 +276,7 @@ def test_another_delimiter_is_recognised(tmp_path: Path) -> None:
     [
         ("d.csv", "", "is empty"),
         ("d.csv", "\n\n", "is empty"),
-        ("d.csv.gz", gzip.compress(b""), "is empty"),
+        ("d.csv.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("d.jsonl", "\n", "is empty"),
         ("d.csv", "text,label\n", "header and no rows"),
         ("d.csv", "text,label,label\na,x,y\n", "several columns 'label'"),
