@@ -311,7 +311,8 @@ def test_a_second_signal_ends_it_at_once(path: Path, tmp_path: Path) -> None:
     name = httpx.get(f"{made.url}/v1/models").json()["data"][0]["id"]
     body = {"model": name, "messages": MESSAGES, "max_tokens": 90_000, "stream": True, "logit_bias": NO_END}
     with httpx.stream("POST", f"{made.url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as reply:
-        next(reply.iter_bytes())
+        pieces = reply.iter_bytes()  # dropped, it would close the connection
+        next(pieces)
         made.process.send_signal(signal.SIGTERM)
         made.until("stopping, answers under way: 1")
         assert made.stop(signal.SIGINT) == 128 + signal.SIGINT
