@@ -18,8 +18,10 @@ from typing import Any, overload
 
 import psutil
 
+from .cache import model_hash
 from .kept import Kept
-from .slices import Slice
+from .native import ContextOptions, Model, library_hash
+from .slices import Slice, default_threads
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MOST_TOKENS = 40  # time for so many batches of one, then a repeat is the last …
@@ -120,6 +122,21 @@ class CostKey:
     flash_attention: bool | None
     kernels: str = "stock"
     machine: str = ""
+
+    @classmethod
+    def of(cls, model: Model, options: ContextOptions, n_threads_batch: int | None = None) -> CostKey:
+        """Of contexts of `model` with `options`, and other threads for batches if `n_threads_batch` says so."""
+        n_threads = options.n_threads or default_threads()
+        mixed = n_threads_batch not in (None, n_threads)
+        return cls(
+            model_sha256=model_hash(Path(model.path)),
+            library=library_hash(),
+            n_threads=n_threads,
+            kv_type=options.kv_type.value,
+            flash_attention=options.flash_attention,
+            kernels=model.kernels,
+            machine=machine_name() + (f", {n_threads_batch} threads for batches" if mixed else ""),
+        )
 
     @property
     def kept(self) -> Kept:

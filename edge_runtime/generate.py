@@ -18,17 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .auto import Chooser, Round, rounds
-from .batch_costs import (
-    BatchCosts,
-    CostKey,
-    LiveCosts,
-    kept_batch_costs,
-    machine_name,
-    measurable_sizes,
-    measure_batch_costs,
-)
-from .cache import model_hash
-from .draft import DraftSource
+from .batch_costs import BatchCosts, CostKey, LiveCosts
 from .energy.request import Meter, RequestEnergy, Work, weights_gb
 from .engine import Engine
 from .errors import EdgeError, ModelError, PromptError, UnsupportedModelError
@@ -36,9 +26,9 @@ from .exits.costs import Costs
 from .exits.forecast import kept_part_costs, predicted_time
 from .exits.settings import DEFAULT_DISAGREEMENT, certified_rung
 from .exits.source import PackHeads
-from .exits.split import split
-from .native import Model, library_hash
-from .ngram import NGrams
+from .native import Model
+from .opening import batch_costs, draft_source, head_files
+from .prefix import common_prefix
 from .resolve import (
     POLICIES,
     RunOptions,
@@ -51,17 +41,16 @@ from .resolve import (
     policies_of,
     resolved_draft,
     resolved_n_ctx,
-    shared_head,
     thresholds_of,
 )
 from .sampling import Sampler
-from .slices import Slice, close_slices, default_threads, open_slices
+from .slices import close_slices, default_threads, open_slices
 from .summary import Clock, Finish, Summary, copy_stats, energy_fields, number, rate, stats_since
 from .templates import ChatTemplate, Message
 from .text import Assembler
 from .types import EngineStats, Mode, Step, Thresholds
 
-__all__ = ["Chunk", "Message", "RunOptions", "Runtime", "common_prefix"]
+__all__ = ["Chunk", "Message", "RunOptions", "Runtime"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +92,7 @@ class Runtime:
         self._measured: dict[tuple[CostKey, tuple[int, ...]], BatchCosts] = {}
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
         policies = policies_of(options, self.header, n_ctx, self._pack, note)
-        self._head_paths = self._split_heads(policies)
+        self._head_files = self._split_heads(policies)
         for policy in policies.values():
             n_slices = len(policy.boundaries or ()) + 1
             check_memory(self.header, context_options(policy), n_slices, n_outputs(policy), note)
@@ -120,7 +109,7 @@ class Runtime:
         """Files of a pack's heads by layer, if a policy needs them."""
         if self._pack is None or not any(p.mode is not Mode.FULL and p.head == "pack" for p in policies.values()):
             return {}
-        return dict(zip(self._pack.boundaries, split(self._pack, self.header.path), strict=True))
+        return head_files(self._pack, self.header.path)
 
     def _start(self, policies: dict[str, RunOptions]) -> None:
         """Open the first of the policies, and see which of the others may take its place."""
@@ -145,8 +134,9 @@ class Runtime:
         assert self._pack is not None
         layers = self._policies[names[0]].boundaries or ()
         n_threads = self.options.n_threads or default_threads()
-        heads = [self._head_paths[layer] for layer in layers] if self._head_paths else None
-        key = {**asdict(self._cost_key(self.options)), "pack": self._pack.digest, "layers": layers}
+        heads = [self._head_files[layer] for layer in layers] if self._head_files else None
+        cost_key = CostKey.of(self.model, context_options(self.options))
+        key = {**asdict(cost_key), "pack": self._pack.digest, "layers": layers}
         costs = kept_part_costs(key, self.model, layers, heads, n_threads, self._say)
         self._refill = costs.full[-1] / len(costs.full) / costs.full[0]
         predicted = {name: self._predicted(self._policies[name], costs) for name in names}
@@ -175,15 +165,15 @@ class Runtime:
             self._live: LiveCosts | None = None
             if options.mode is not Mode.FULL and options.draft == "ngram":
                 before = time.perf_counter()
-                costs = self._batch_costs(options, slices)
+                costs = batch_costs(self.model, options, slices, self._measured, self._say)
                 measured_s = time.perf_counter() - before
                 if self.asked.mode is Mode.AUTO and not costs.invariant:
                     options = dataclasses.replace(options, mode=Mode.FULL, draft=None)
                 elif self.asked.mode is Mode.AUTO:
                     self._live = LiveCosts(costs.up_to(n_outputs(options)), costs.one_s)
-                source = self._source(options, self._live or costs.up_to(n_outputs(options)))
+                source = draft_source(self.model, options, None, {}, self._live or costs.up_to(n_outputs(options)))
             else:
-                source = self._source(options, ())
+                source = draft_source(self.model, options, self._pack, self._head_files)
             self._heads = source if isinstance(source, PackHeads) else None
             if self._heads is not None:
                 opened.callback(self._heads.close)
@@ -199,55 +189,6 @@ class Runtime:
             self._slices_opened = opened.pop_all()
         self.options = options
         self._open_s = time.perf_counter() - started - measured_s
-
-    def _source(self, options: RunOptions, costs: Sequence[float]) -> DraftSource | None:
-        """What guesses at boundaries, or before the first slice, where batches have `costs`."""
-        if options.mode is Mode.FULL:
-            return None
-        if options.draft == "ngram":
-            return NGrams(costs)
-        signal, pack = options.signal or "entropy", self._pack
-        if options.head != "pack" or pack is None:
-            return shared_head(options, pack)
-        layers = options.boundaries or ()
-        places = [pack.boundaries.index(layer) for layer in layers]
-        return PackHeads(
-            [self._head_paths[layer] for layer in layers],
-            layers,
-            pack.shortlist,
-            pack.cluster_starts,
-            [pack.gates[i] for i in places],
-            signal,
-            [pack.askers[i] for i in places if pack.askers],
-            n_embd=self.header.n_embd,
-            n_ctx=options.n_ctx,
-            n_threads=options.n_threads,
-            kernels=self.model.kernels,
-        )
-
-    def _batch_costs(self, options: RunOptions, slices: Sequence[Slice]) -> BatchCosts:
-        """What batches that verify drafts cost; measured, if they never were. The slices' caches are left empty."""
-        sizes = measurable_sizes(min(n_outputs(options), slices[0].n_batch))
-
-        def measure() -> BatchCosts:
-            self._say("measure the cost of small batches, once for this model and machine")
-            return measure_batch_costs(slices, sizes)
-
-        key = self._cost_key(options), sizes
-        if key not in self._measured:  # what was unsteady is kept nowhere else
-            self._measured[key] = kept_batch_costs(*key, measure)
-        return self._measured[key]
-
-    def _cost_key(self, options: RunOptions) -> CostKey:
-        return CostKey(
-            model_sha256=model_hash(Path(self.header.path)),
-            library=library_hash(),
-            n_threads=options.n_threads or default_threads(),
-            kv_type=options.kv_type.value,
-            flash_attention=options.flash_attention,
-            kernels=self.model.kernels,
-            machine=machine_name(),
-        )
 
     @property
     def engine(self) -> Engine:
@@ -276,14 +217,14 @@ class Runtime:
         """
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, lambda _text: None)
         policies = policies_of(options, self.header, n_ctx, self._pack, self._note)
-        before = self.asked, self._head_paths, self._policies
-        self._head_paths = self._split_heads(policies)
+        before = self.asked, self._head_files, self._policies
+        self._head_files = self._split_heads(policies)
         self._opened.close()
         self.asked = options
         try:
             self._start(policies)
         except EdgeError:
-            self.asked, self._head_paths, policies = before
+            self.asked, self._head_files, policies = before
             self._start(policies)
             raise
 
@@ -492,9 +433,3 @@ class Runtime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts share from their beginning."""
-    shortest = min(len(a), len(b))
-    return next((i for i in range(shortest) if a[i] != b[i]), shortest)

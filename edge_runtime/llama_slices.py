@@ -5,21 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
-from .batch_costs import BatchCosts, CostKey, kept_batch_costs, machine_name, measurable_sizes, measure_batch_costs
-from .cache import model_hash
-from .draft import DraftSource
 from .engine import Engine
 from .exits.pack import ExitPack
 from .exits.source import PackHeads
-from .exits.split import split
-from .native import Model, library_hash, load
-from .ngram import NGrams
-from .resolve import RunOptions, context_options, engine_settings, n_outputs, shared_head, thresholds_of
+from .native import Model, load
+from .opening import batch_costs, draft_source, head_files
+from .resolve import RunOptions, context_options, engine_settings, n_outputs, thresholds_of
 from .sampling import Sampler
-from .slices import Slice, close_slices, open_slices
+from .slices import close_slices, open_slices
 from .types import Mode, SamplingSettings
 
 
@@ -90,11 +85,13 @@ def open_engine(
         sampler = opened.enter_context(closing(Sampler(SamplingSettings(), model.n_vocab)))
         costs: tuple[float, ...] = ()
         if options.mode is not Mode.FULL and options.draft == "ngram":
-            found = _batch_costs(model, options, slices, n_threads_batch)
+            found = batch_costs(model, options, slices, {}, n_threads_batch=n_threads_batch)
             costs = found.up_to(n_outputs(options))
             if auto and not found.invariant:
                 options = dataclasses.replace(options, mode=Mode.FULL, draft=None)
-        source = _source(model, options, pack, costs)
+        headless = pack is None or options.mode is Mode.FULL or options.head != "pack"
+        files = {} if pack is None or headless else head_files(pack, model.path)
+        source = draft_source(model, options, pack, files, costs)
         if isinstance(source, PackHeads):
             opened.callback(source.close)
         thresholds = thresholds_of(options)
@@ -102,50 +99,3 @@ def open_engine(
         engine = BoundEngine(slices, sampler, settings, lambda: thresholds, source)
         return Opened(engine, opened.pop_all().close)
 
-
-def _source(
-    model: BoundModel, options: RunOptions, pack: ExitPack | None, costs: Sequence[float]
-) -> DraftSource | None:
-    """What guesses at boundaries, or before the first slice, where batches have `costs`."""
-    if options.mode is Mode.FULL:
-        return None
-    if options.draft == "ngram":
-        return NGrams(costs)
-    if options.head != "pack" or pack is None:
-        return shared_head(options, pack)
-    layers = options.boundaries or ()
-    places = [pack.boundaries.index(layer) for layer in layers]
-    files = split(pack, model.path)
-    return PackHeads(
-        [files[i] for i in places],
-        layers,
-        pack.shortlist,
-        pack.cluster_starts,
-        [pack.gates[i] for i in places],
-        options.signal or "entropy",
-        [pack.askers[i] for i in places if pack.askers],
-        n_embd=model.n_embd,
-        n_ctx=options.n_ctx,
-        n_threads=options.n_threads,
-        kernels=model.kernels,
-    )
-
-
-def _batch_costs(model: BoundModel, options: RunOptions, slices: Sequence[Slice], n_threads_batch: int) -> BatchCosts:
-    """What batches that verify drafts cost; measured, if they never were. The slices' caches are left empty."""
-    sizes = measurable_sizes(min(n_outputs(options), slices[0].n_batch))
-    mixed = f", {n_threads_batch} threads for batches" if n_threads_batch != options.n_threads else ""
-    key = CostKey(
-        model_sha256=model_hash(Path(model.path)),
-        library=library_hash(),
-        n_threads=options.n_threads,
-        kv_type=options.kv_type.value,
-        flash_attention=options.flash_attention,
-        kernels=model.kernels,
-        machine=machine_name() + mixed,
-    )
-
-    def measure() -> BatchCosts:
-        return measure_batch_costs(slices, sizes)
-
-    return kept_batch_costs(key, sizes, measure)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .draft import BoundaryView, Guess
+from .prefix import common_prefix
 from .types import Floats, Signals
 
 SIZES = (4, 3, 2)  # tokens of the n-grams that are looked up, the longest first
@@ -92,7 +93,7 @@ class NGramIndex:
         known = len(self.text)
         grown = len(tokens) - known
         if not 0 <= grown <= 2 * _TAIL or list(tokens[max(0, known - _TAIL) : known]) != self.text[-_TAIL:]:
-            self._shorten(_common_prefix(self.text, tokens))
+            self._shorten(common_prefix(self.text, tokens))
         for token in tokens[len(self.text) :]:
             self._append(token)
         self._whole = True
@@ -233,7 +234,3 @@ def _copied(tokens: Sequence[int], place: int, count: int) -> list[int]:
     for i in range(place, place + count):
         copied.append(tokens[i] if i < len(tokens) else copied[i - len(tokens)])
     return copied
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -7,11 +7,10 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .batch_costs import machine_name
-from .cache import model_hash
+from .batch_costs import CostKey
 from .control import (
     BatteryPolicy,
     Controller,
@@ -30,7 +29,6 @@ from .exits.packs import find_exit_pack
 from .exits.settings import DEFAULT_DISAGREEMENT
 from .generate import RunOptions, Runtime
 from .kept import Kept
-from .native import library_hash
 from .pilot import (
     LATE_BATCH,
     Exits,
@@ -43,6 +41,7 @@ from .pilot import (
     times_to_json,
 )
 from .profiles import Profile, choose_profile
+from .resolve import context_options
 from .sensors.machine import Machine
 from .sensors.reading import Reading
 from .sensors.sampler import Sampler
@@ -282,14 +281,8 @@ def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, T
         "token-times",
         _FORMAT,
         {
-            "model_sha256": model_hash(Path(runtime.header.path)),
-            "library": library_hash(),
-            "kernels": runtime.model.kernels,
-            "machine": machine_name(),
-            "kv_type": options.kv_type.value,
-            "flash_attention": options.flash_attention,
+            **asdict(CostKey.of(runtime.model, context_options(options))),
             "boundaries": options.boundaries or (),
-            "n_threads": most,
             "batch": batch,
         },
     )

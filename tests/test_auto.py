@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime import generate
+from edge_runtime import generate, opening
 from edge_runtime.auto import BUDGET, TRIAL, Chooser, Round, rounds
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.display import footer
@@ -191,7 +191,7 @@ def model_path(tiny_path: TinyMaker) -> Path:
 def options(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunOptions:
     monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        generate, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.3), 0.001, invariant=True)
+        opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.3), 0.001, invariant=True)
     )
     return RunOptions(str(model_path), n_ctx=256, n_threads=1)
 
@@ -233,7 +233,7 @@ def test_where_batches_change_the_arithmetic_nothing_is_drafted(
     options: RunOptions, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = BatchCosts((1, 16), (1.0, 1.0), 0.001, invariant=False)
-    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: costs)
+    monkeypatch.setattr(opening, "measure_batch_costs", lambda *_: costs)
     with Runtime(dataclasses.replace(options, kernels=kernels)) as runtime:
         list(runtime.stream(runtime.text_tokens("the the the the"), 20))
         assert (runtime.summary.mode, runtime.summary.played, runtime.summary.drafted) == ("auto", "full", 0)
@@ -355,7 +355,7 @@ def test_what_cannot_be_measured_steadily_is_measured_once_in_a_run(
         calls.append(None)
         return BatchCosts((1, 16), (1.0, 1.3), 0.001, invariant=True, steady=False)
 
-    monkeypatch.setattr(generate, "measure_batch_costs", measure)
+    monkeypatch.setattr(opening, "measure_batch_costs", measure)
     predict(monkeypatch, 0.5)
     slow(monkeypatch, lambda runtime: 3.0)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import chat, generate
+from edge_runtime import chat, opening
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.chat import ChatSession, Conversation
 from edge_runtime.errors import PromptError, UsageError
@@ -139,7 +139,7 @@ def test_commands(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> N
 def test_modes_with_drafts_of_the_text_so_far(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.0)))
+    monkeypatch.setattr(opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.0)))
     question = "one two three one two three one two"
     answers = []
     for mode in ("full", "verified", "margin"):

@@ -17,7 +17,7 @@ import pytest
 from llama_cpp import LlamaGrammar, LlamaRAMCache, LogitsProcessorList, StoppingCriteriaList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from edge_runtime import llama_slices
+from edge_runtime import opening
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.errors import BoundaryError, LibraryError, PackError, UsageError
 from edge_runtime.llama import EdgeLlama, Llama
@@ -44,7 +44,7 @@ def open_llama(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(llama_slices, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01), invariant=True))
+        patch.setattr(opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01), invariant=True))
         yield open_
     for llama in opened:
         llama.close()
@@ -96,7 +96,7 @@ def test_auto_drafts_only_where_a_batch_changes_no_sums(
 ) -> None:
     monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
     costs = BatchCosts((1, 16), (1.0, 1.01), invariant=invariant)
-    monkeypatch.setattr(llama_slices, "measure_batch_costs", lambda *_: costs)
+    monkeypatch.setattr(opening, "measure_batch_costs", lambda *_: costs)
     with EdgeLlama(str(demo_path), **ARGUMENTS) as llama:
         assert llama.mode == "auto"
         text(llama, COPIED)

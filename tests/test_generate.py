@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import generate, resolve
+from edge_runtime import generate, opening, resolve
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.energy.model import PowerModel
 from edge_runtime.energy.request import Meter
 from edge_runtime.errors import BoundaryError, MemoryLimitError, ModelError, PromptError, UsageError
-from edge_runtime.generate import Chunk, RunOptions, Runtime, common_prefix
+from edge_runtime.generate import Chunk, RunOptions, Runtime
 from edge_runtime.memory import MachineMemory
 from edge_runtime.native import Model
+from edge_runtime.prefix import common_prefix
 from edge_runtime.resolve import default_boundaries
 from edge_runtime.sensors.reading import Reading
 from edge_runtime.summary import Finish
@@ -69,7 +70,7 @@ def test_ngrams_publish_what_full_depth_does(
 ) -> None:
     """Over turns that share a beginning, and after an answer that was stopped in the middle of a draft."""
     costs = BatchCosts((1, 16), (1.0, 1.0 if cheap else 16.0))
-    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: costs)
+    monkeypatch.setattr(opening, "measure_batch_costs", lambda *_: costs)
     options = dataclasses.replace(options, sampling=SamplingSettings(temperature=temperature, top_k=2, seed=5))
     text = "one two three one two three one two three one two"
     found = []

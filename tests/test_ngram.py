@@ -150,7 +150,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(monkeypatch: pytest.Mo
         index = NGramIndex()
         index.follow(text)
         with monkeypatch.context() as patched:
-            patched.setattr("edge_runtime.ngram._common_prefix", refuse)
+            patched.setattr("edge_runtime.ngram.common_prefix", refuse)
             for token in range(20):
                 text.append(token)
                 index.follow(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..generate import RunOptions, Runtime
 from ..templates import Message
 from ..types import Mode
-from .draft_costs import TimedAnswer, length_until_end, stock_answer
+from .draft_costs import TimedAnswer, length_until_end, stock_answer, whole_speed
 from .stock import StockProcess
 from .turns import Countdown, Quartiles, in_turns, quartiles, ratios
 
@@ -130,7 +130,7 @@ def summarise_auto(
 ) -> AutoResult:
     """Of one kind's prompts: for each, side → its answers by repeat."""
     speeds = {
-        side: [_speed(some) for some in zip(*(by_side[side] for by_side in answers), strict=True)]
+        side: [whole_speed(some) for some in zip(*(by_side[side] for by_side in answers), strict=True)]
         for side in answers[0]
     }
     auto = [by_side[AUTO][0] for by_side in answers]
@@ -149,10 +149,6 @@ def summarise_auto(
             for side in lossless
         ),
     )
-
-
-def _speed(answers: Sequence[TimedAnswer]) -> float:
-    return sum(len(a.tokens) for a in answers) / sum(a.first_s + a.decode_s for a in answers)
 
 
 def open_stock(stock: StockProcess, rig: AutoRig) -> None:

@@ -216,7 +216,7 @@ def summarise(kind: str, answers: Sequence[Mapping[str, Sequence[TimedAnswer]]])
     """Of one kind's prompts: for each, side → its answers by repeat."""
     sides = list(answers[0])
     once = {side: [by_side[side][0] for by_side in answers] for side in sides}
-    whole = {side: [_whole_speed(some) for some in _by_repeat(answers, side)] for side in sides}
+    whole = {side: [whole_speed(some) for some in _by_repeat(answers, side)] for side in sides}
     decode = {side: [_decode_speed(some) for some in _by_repeat(answers, side)] for side in sides}
     others = [side for side in sides if side != "stock"]
     speeds = {"whole": whole, "decode": decode}
@@ -249,7 +249,8 @@ def _by_repeat(answers: Sequence[Mapping[str, Sequence[TimedAnswer]]], side: str
     return list(zip(*(by_side[side] for by_side in answers), strict=True))
 
 
-def _whole_speed(answers: Sequence[TimedAnswer]) -> float:
+def whole_speed(answers: Sequence[TimedAnswer]) -> float:
+    """Tokens per second of the answers, prefill included."""
     return sum(len(a.tokens) for a in answers) / sum(a.first_s + a.decode_s for a in answers)
 
 

@@ -21,8 +21,8 @@ from ..exits.pack import ExitPack
 from ..exits.policies import fit_family, tally
 from ..exits.quality import Interval, Resamples, interval
 from ..exits.thresholds import Rung
-from ..generate import common_prefix
 from ..native import ContextOptions, Model
+from ..prefix import common_prefix
 from ..slices import Slice
 from ..types import Mode, SamplingSettings
 from .exit_runs import Answer, Hearing, Listener, Rig, answer, tokens_per_second

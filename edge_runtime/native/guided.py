@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..errors import DecodeError, UsageError
 from ..types import Floats, SamplingSettings, TokenIds
 from .library import load
 from .model import Model
-from .sampler import Candidates
+from .sampler import Candidates, Chain
 
 _ROOT = b"root"
 
@@ -46,7 +45,7 @@ def _grammar_sampler(grammar: str, model: Model) -> Any:
     return handle
 
 
-class GuidedChain:
+class GuidedChain(Chain):
     """bias → penalties → top-k → top-p → min-p → temperature → draw; greedy at temperature 0.
 
     With a grammar, what was chosen stands if the grammar allows it. Else the grammar goes through the whole vocabulary,
@@ -55,38 +54,18 @@ class GuidedChain:
 
     def __init__(self, settings: SamplingSettings, guidance: Guidance, model: Model, n_answer: int) -> None:
         """For answers of up to `n_answer` tokens. Raises UsageError for a grammar that is none."""
-        self._c = c = load().c
         self._grammar = None if guidance.grammar is None else _grammar_sampler(guidance.grammar, model)
+        super().__init__(settings, model.n_vocab)
+        c = self._c
         self._one = Candidates(1)
-        self._handle = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        self._repeats: Any = None
-        self._window = settings.repeat_last_n
-        n_vocab = model.n_vocab
         if guidance.logit_bias:
             entries = (c.llama_logit_bias * len(guidance.logit_bias))(*guidance.logit_bias)
-            self._add(c.llama_sampler_init_logit_bias(n_vocab, len(entries), entries))
-        if settings.repeat_penalty != 1.0 and settings.repeat_last_n:
-            self._repeats = c.llama_sampler_init_penalties(
-                n_vocab, settings.repeat_last_n, settings.repeat_penalty, 0.0, 0.0
-            )
-            self._add(self._repeats)
+            self._add(c.llama_sampler_init_logit_bias(model.n_vocab, len(entries), entries))
+        self._add_repeat_penalty()
         if guidance.penalises:
             penalties = guidance.frequency_penalty, guidance.presence_penalty
-            self._add(c.llama_sampler_init_penalties(n_vocab, n_answer, 1.0, *penalties))
-        if settings.temperature == 0:
-            self._add(c.llama_sampler_init_greedy())
-            return
-        if settings.top_k:
-            self._add(c.llama_sampler_init_top_k(settings.top_k))
-        if settings.top_p < 1:
-            self._add(c.llama_sampler_init_top_p(settings.top_p, 1))
-        if settings.min_p > 0:
-            self._add(c.llama_sampler_init_min_p(settings.min_p, 1))
-        self._add(c.llama_sampler_init_temp(settings.temperature))
-        self._add(c.llama_sampler_init_dist(settings.seed))
-
-    def _add(self, sampler: Any) -> None:
-        self._c.llama_sampler_chain_add(self._handle, sampler)
+            self._add(c.llama_sampler_init_penalties(model.n_vocab, n_answer, 1.0, *penalties))
+        self._add_choice()
 
     def choose(self, candidates: Candidates, logits: Floats, ids: TokenIds | None = None) -> int:
         """The token chosen from logits (n,), with room in `candidates`; it does not yet count as seen.
@@ -118,17 +97,8 @@ class GuidedChain:
         if self._grammar is not None:
             self._c.llama_sampler_accept(self._grammar, token)
 
-    def set_history(self, tokens: Sequence[int]) -> None:
-        """Let the repeat penalty count `tokens` and no others; the other penalties count the answer alone."""
-        if self._repeats is not None:
-            self._c.llama_sampler_reset(self._repeats)
-            for token in tokens[-self._window :]:
-                self._c.llama_sampler_accept(self._repeats, token)
-
     def close(self) -> None:
-        if self._handle:
-            self._c.llama_sampler_free(self._handle)
-            self._handle = None
+        super().close()
         if self._grammar is not None:
             self._c.llama_sampler_free(self._grammar)
             self._grammar = None

@@ -38,19 +38,29 @@ class Candidates:
         return int(self._data["id"][self.array.selected])
 
 
-class SamplerChain:
-    """penalties → top-k → top-p → min-p → temperature → draw; greedy at temperature 0."""
+class Chain:
+    """A chain of llama.cpp's samplers, empty at first."""
 
     def __init__(self, settings: SamplingSettings, n_vocab: int) -> None:
         self._c = c = load().c
         self._handle = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        self._penalties: Any = None
-        self._window = settings.repeat_last_n
+        self._settings, self._n_vocab = settings, n_vocab
+        self._repeats: Any = None
+
+    def _add(self, sampler: object) -> None:
+        self._c.llama_sampler_chain_add(self._handle, sampler)
+
+    def _add_repeat_penalty(self) -> None:
+        settings = self._settings
         if settings.repeat_penalty != 1.0 and settings.repeat_last_n:
-            self._penalties = c.llama_sampler_init_penalties(
-                n_vocab, settings.repeat_last_n, settings.repeat_penalty, 0.0, 0.0
+            self._repeats = self._c.llama_sampler_init_penalties(
+                self._n_vocab, settings.repeat_last_n, settings.repeat_penalty, 0.0, 0.0
             )
-            self._add(self._penalties)
+            self._add(self._repeats)
+
+    def _add_choice(self) -> None:
+        """top-k → top-p → min-p → temperature → draw; greedy at temperature 0."""
+        c, settings = self._c, self._settings
         if settings.temperature == 0:
             self._add(c.llama_sampler_init_greedy())
             return
@@ -63,8 +73,26 @@ class SamplerChain:
         self._add(c.llama_sampler_init_temp(settings.temperature))
         self._add(c.llama_sampler_init_dist(settings.seed))
 
-    def _add(self, sampler: object) -> None:
-        self._c.llama_sampler_chain_add(self._handle, sampler)
+    def set_history(self, tokens: Sequence[int]) -> None:
+        """Let the repeat penalty count `tokens` and no others."""
+        if self._repeats is not None:
+            self._c.llama_sampler_reset(self._repeats)
+            for token in tokens[-self._settings.repeat_last_n :]:
+                self._c.llama_sampler_accept(self._repeats, token)
+
+    def close(self) -> None:
+        if self._handle:
+            self._c.llama_sampler_free(self._handle)
+            self._handle = None
+
+
+class SamplerChain(Chain):
+    """repeat penalty → top-k → top-p → min-p → temperature → draw; greedy at temperature 0."""
+
+    def __init__(self, settings: SamplingSettings, n_vocab: int) -> None:
+        super().__init__(settings, n_vocab)
+        self._add_repeat_penalty()
+        self._add_choice()
 
     def choose(self, candidates: Candidates) -> int:
         """The chosen token; does not yet count as seen."""
@@ -75,21 +103,9 @@ class SamplerChain:
         """Count a published token for the repeat penalty."""
         self._c.llama_sampler_accept(self._handle, token)
 
-    def set_history(self, tokens: Sequence[int]) -> None:
-        """Let the repeat penalty count `tokens` and no others."""
-        if self._penalties is not None:
-            self._c.llama_sampler_reset(self._penalties)
-            for token in tokens[-self._window :]:
-                self._c.llama_sampler_accept(self._penalties, token)
-
     def copy_from(self, other: SamplerChain) -> None:
         """Take over another chain's random state and history; both must have the same settings."""
         self._c.llama_sampler_copy(other._handle, self._handle)
 
     def reset(self) -> None:
         self._c.llama_sampler_reset(self._handle)
-
-    def close(self) -> None:
-        if self._handle:
-            self._c.llama_sampler_free(self._handle)
-            self._handle = None

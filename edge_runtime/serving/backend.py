@@ -9,22 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..batch_costs import (
-    BatchCosts,
-    CostKey,
-    LiveCosts,
-    kept_batch_costs,
-    machine_name,
-    measurable_sizes,
-    measure_batch_costs,
-)
+from ..batch_costs import BatchCosts, CostKey, LiveCosts, kept_batch_costs, measurable_sizes, measure_batch_costs
 from ..batching import BatchEngine
-from ..cache import model_hash
 from ..config import Config
 from ..errors import ModelError, UnsupportedModelError, UsageError
 from ..memory import check_need, estimate_need, machine_memory
 from ..models import DEMO_MODEL
-from ..native import ContextOptions, KvType, Model, library_hash
+from ..native import ContextOptions, KvType, Model
 from ..resolve import NGRAM_CAP, checked_header, resolved_n_ctx
 from ..slices import Slice, default_threads
 from ..templates import ChatTemplate, Message
@@ -99,22 +90,11 @@ class Backend:
             pieces = (len(self.model.piece(token, special=True)) for token in range(self.model.n_vocab))
             self._most_bytes = plan.n_ctx * max(pieces)  # no longer text fits
             self.vocabulary = Vocabulary(self.model.is_end, self.model.piece)
-            self.key = dataclasses.asdict(self._cost_key())
+            self._cost_key = CostKey.of(self.model, plan.options)
+            self.key = dataclasses.asdict(self._cost_key)
             self.costs = self._live_costs(learnt or {})
             self.engine = opened.enter_context(BatchEngine(self.model, plan.options, self.costs))
             self._opened = opened.pop_all()
-
-    def _cost_key(self) -> CostKey:
-        options = self.plan.options
-        return CostKey(
-            model_sha256=model_hash(Path(self.plan.header.path)),
-            library=library_hash(),
-            n_threads=options.n_threads,
-            kv_type=options.kv_type.value,
-            flash_attention=options.flash_attention,
-            kernels=self.model.kernels,
-            machine=machine_name(),
-        )
 
     def _live_costs(self, learnt: Mapping[str, Any]) -> LiveCosts:
         """Costs of batches as measured here, or as learnt before with the same model, build and machine."""
@@ -130,7 +110,7 @@ class Backend:
             finally:
                 whole.close()
 
-        measured = kept_batch_costs(self._cost_key(), sizes, measure)
+        measured = kept_batch_costs(self._cost_key, sizes, measure)
         # without arithmetic that is the same in every batch, drafts could change a text at a near-tie
         self.drafts = self.plan.drafts and measured.invariant
         if learnt.get("key") == self.key and len(learnt.get("costs", ())) == largest:

@@ -188,12 +188,12 @@ def edge_side(
     demo_path: Path, tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """Opens an `EdgeLlama`, with batches that cost nothing more, so that there are many drafts and long ones."""
-    from edge_runtime import llama_slices
+    from edge_runtime import opening
     from edge_runtime.batch_costs import BatchCosts
     from edge_runtime.llama import EdgeLlama
 
     patched.setenv("EDGE_RUNTIME_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patched.setattr(llama_slices, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01), invariant=True))
+    patched.setattr(opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01), invariant=True))
     return lambda **wish: closing(EdgeLlama(str(demo_path), **ARGUMENTS, **wish))
 
 

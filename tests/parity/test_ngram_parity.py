@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import generate
+from edge_runtime import opening
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.generate import RunOptions, Runtime
 from edge_runtime.templates import Message
@@ -27,7 +27,7 @@ SAMPLED = SamplingSettings(temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, re
 def options(demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunOptions:
     """With batches that cost nothing more, so that there are many drafts and long ones."""
     monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
-    monkeypatch.setattr(generate, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01)))
+    monkeypatch.setattr(opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.01)))
     return RunOptions(str(demo_path), Mode.FULL, n_ctx=1024, n_threads=1)
 
 
