@@ -141,9 +141,16 @@ class Engine:
             self.sampler.accept(token)
 
     def adopt(self, other: Engine) -> None:
-        """Go on where another engine with the same sampler stopped: its text and counts; the next step computes all."""
-        self.tokens, self.stats = list(other.tokens), other.stats
+        """Go on where another engine with the same sampler stopped, by its text and counts; the next step computes all."""
+        self.tokens, self.stats, self._audits = list(other.tokens), other.stats, other._audits
         self.sampler.rewind(self.tokens)
+
+    def restore(self, tokens: Sequence[int]) -> None:
+        """Take `tokens` for the text of an empty engine whose slices were given their states from outside."""
+        self.extend(tokens)
+        self._n_done = [len(tokens)] * len(self.slices)
+        for piece in self.slices:
+            piece.remove(len(tokens))  # what was computed behind the text
 
     def rollback(self, length: int) -> None:
         """Forget everything after the first `length` tokens, in every slice. Raises UsageError if it is negative."""
@@ -339,6 +346,7 @@ class Engine:
                 accepted=accepted,
                 relaxed=relaxed,
                 corrected=draft is not None and not accepted,
+                audits=self._new_audits(),
             )
             if not accepted:
                 return

@@ -21,17 +21,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .engine import Engine
 from .errors import DecodeError, EdgeError, UnsupportedModelError, UsageError
+from .llama_model import BoundModel
 from .llama_plan import Wish, left_to_llama
 from .llama_sampling import ChainSampler, is_plain_greedy, needs_full_depth
-from .llama_slices import BoundEngine, BoundModel, open_engine
+from .llama_targets import defaults_of, held, plan_targets
 from .native import Candidates, KvType, load, read_header, resolve_kernels
 from .native.interrupt import interrupt_deferred
 from .native.kernels import kernels_for_loading
 from .native.library import Closed
-from .resolve import RunOptions, load_pack, policies_of
+from .pilot import Pilot
+from .playing import Player, files_for
+from .resolve import RunOptions, engine_settings, load_pack, policies_of
+from .sampling import Sampler
 from .slices import default_threads
-from .types import EngineStats, Mode
+from .steering import Plan
+from .types import EngineStats, Mode, SamplingSettings
 
 load()  # the bindings take the patched library, or this says why they cannot
 
@@ -54,9 +60,10 @@ class EdgeLlama(Llama):  # type: ignore[misc]
 
     n_tokens: int
     input_ids: NDArray[np.intc]
-    _ctx: Any
+    _context: Any
     _model: Any
-    _engine: BoundEngine | None = None
+    _player: Player | None = None
+    _pilot: Pilot | None = None  # where there are targets
     _tokens: Generator[int, None, None] | None = None  # of the generator under way
     _turn = 0  # counts what takes the text over, so that an older generator notices
 
@@ -73,6 +80,8 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         cap: int | None = None,
         audit_rate: float | None = None,
         kernels: str = "edge",
+        profile: str | None = None,
+        targets: str | Mapping[str, float] | None = None,
         **arguments: Any,
     ) -> None:
         """Load a model; `arguments` are `Llama`'s, with its defaults except for the following.
@@ -82,7 +91,13 @@ class EdgeLlama(Llama):  # type: ignore[misc]
 
         mode: "auto" (the default: drafts copied from the text where they pay and change nothing, else full depth),
         "full", "verified", "exit" or "margin", as in `edge-run generate`; so are boundaries, pack, thresholds,
-        max_disagreement, theta, cap and audit_rate. kernels: "edge" or "stock".
+        max_disagreement, theta, cap and audit_rate. kernels: "edge" or "stock". With a pack, mode auto may draft with
+        its heads, with max_disagreement it may let tokens exit, each where that is predicted and measured to pay.
+
+        profile: name or path of a device's; its threads and batch are the defaults. targets: the name of one of the
+        profile's (of the device that this is, without one), or a dict with any of power_cap_w, ceiling_c (°C) and
+        latency_ms (per token): what answers hold by changing threads, rests and, in mode exit, exits. It reads the
+        device's sensors in a thread of its own until `close`.
 
         What wants each token's logits, other states or a context of its own (logits_all, embedding, vocab_only,
         draft_model, chat_handler, lora_path, arguments of rope and YaRN, two types of cache, offload_kqv, …) is left to
@@ -92,15 +107,22 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         packs and memory, and what `Llama` raises.
         """
         self.notes: list[str] = []
-        self._wish = Wish(mode, boundaries, pack, thresholds, max_disagreement, theta, cap, audit_rate, kernels)
+        self._wish = Wish(
+            mode, boundaries, pack, thresholds, max_disagreement, theta, cap, audit_rate, kernels, profile, targets
+        )
         self._flash_attn = arguments.get("flash_attn")
-        n_threads = arguments.get("n_threads") or default_threads()
-        threads = {"n_threads": n_threads, "n_threads_batch": arguments.get("n_threads_batch") or default_threads()}
+        usual = defaults_of(profile)
+        if usual is not None:
+            arguments = {"n_ubatch": usual.n_batch, **arguments}
+        most = (usual.n_threads if usual else 0) or default_threads()
+        n_threads = arguments.get("n_threads") or most
+        threads = {"n_threads": n_threads, "n_threads_batch": arguments.get("n_threads_batch") or most}
         self.kernels = resolve_kernels(kernels)
         options = self._wish.options(model_path, n_threads, self.kernels != "stock", arguments)
         self.mode = options.mode.value
         self.without_engine: str | None = None
         self._leave_to_llama(left_to_llama(arguments), UsageError)
+        plan = plan_targets(targets, profile, options)
         self._warn(arguments)
         if self.without_engine is None and options.kv_type is KvType.Q8_0 and options.flash_attention is None:
             arguments = {**arguments, "flash_attn": True}  # such a cache needs it
@@ -109,12 +131,12 @@ class EdgeLlama(Llama):  # type: ignore[misc]
             super().__init__(model_path, **{**arguments, **threads})
         if self.without_engine is None:
             try:
-                self._replace_context(options)
+                self._replace_context(options, plan)
             except BaseException:
                 self.close()
                 raise
 
-    def _replace_context(self, options: RunOptions) -> None:
+    def _replace_context(self, options: RunOptions, plan: Plan | None) -> None:
         """Open slices in the place of the context that `Llama` has opened, unless they would not do."""
         model = BoundModel(self._model, self.kernels)
         self._leave_to_llama(model.why_not_sliced, UnsupportedModelError)
@@ -124,18 +146,46 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         n_batch = min(self.n_batch, self.context_params.n_ubatch)
         options = dataclasses.replace(options, n_batch=n_batch)
         pack = load_pack(options.pack, header)
-        (options, *_) = policies_of(options, header, self._n_ctx, pack, self._note).values()
+        policies = policies_of(options, header, self._n_ctx, pack, self._note)
+        files = files_for(policies, pack, self.model_path)
         self._ctx.close()  # its KV cache goes before ours comes
-        auto = self.mode == Mode.AUTO.value
-        opened = open_engine(model, options, pack, self.n_threads_batch, auto=auto)
-        self._stack.callback(opened.close)
-        self._engine = opened.engine
-        self._idle = opened.engine.sampler
-        self._settings = opened.engine.settings
+        self._idle = Sampler(SamplingSettings(), model.n_vocab)
+        self._stack.callback(self._idle.close)
+        player = Player(
+            model,
+            policies,
+            pack,
+            files,
+            self._idle,
+            {},
+            _logger.info,
+            auto=options.mode is Mode.AUTO,
+            n_threads_batch=self.n_threads_batch,
+        )
+        self._stack.callback(player.close)
+        self._player = player
+        if plan is not None:
+            self._pilot = self._stack.enter_context(held(plan, player, header.file_bytes))
         self._all = Candidates(self._n_vocab)
-        self._ctx.ctx = opened.engine.slices[-1].handle  # the one that gives logits
-        self._ctx.memory = load().c.llama_get_memory(self._ctx.ctx)
         self._fit_input_ids()
+
+    @property
+    def _engine(self) -> Engine | None:
+        """What runs the policy that writes."""
+        return None if self._player is None else self._player.engine
+
+    @property
+    def _ctx(self) -> Any:
+        """`Llama`'s context; where there is an engine, that of its slice that gives logits."""
+        context, engine = self._context, self._engine
+        if engine is not None and context.ctx != engine.slices[-1].handle:
+            context.ctx = engine.slices[-1].handle
+            context.memory = load().c.llama_get_memory(context.ctx)
+        return context
+
+    @_ctx.setter
+    def _ctx(self, context: Any) -> None:
+        self._context = context
 
     def _leave_to_llama(self, why: str | None, error: type[EdgeError]) -> None:
         """Let `Llama`'s own loop run because of `why`. Raises `error` if an argument of ours wants the engine."""
@@ -163,7 +213,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]
     @property
     def stats(self) -> EngineStats:
         """Counts since the model was loaded; all zero without the engine."""
-        return EngineStats() if self._engine is None else self._engine.stats
+        return EngineStats() if self._player is None else self._player.stats
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -181,12 +231,11 @@ class EdgeLlama(Llama):  # type: ignore[misc]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text and compute them; the logits that follow are those of full depth."""
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             super().eval(tokens)
             return
         self._take_over()
-        self._follow()
+        engine = self._follow()
         if len(tokens):
             self._extend(tokens)
             with _errors_of_llama():
@@ -198,17 +247,19 @@ class EdgeLlama(Llama):  # type: ignore[misc]
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         request = _GENERATE.bind(self, *args, **kwargs)
         request.apply_defaults()
-        if self._engine is None:
+        if self._player is None:
             return super().generate(*args, **kwargs)  # type: ignore[no-any-return]
-        return self._generate(self._engine, request.arguments)
+        return self._generate(self._player, request.arguments)
 
-    def _generate(self, engine: BoundEngine, request: Mapping[str, Any]) -> Generator[int, Sequence[int] | None, None]:
+    def _generate(self, player: Player, request: Mapping[str, Any]) -> Generator[int, Sequence[int] | None, None]:
         """`Llama.generate`: the tokens that follow the prompt; those that are sent in are added to the text."""
         self._take_over()
         turn, stops = self._turn, request["stopping_criteria"]
         live = self._begin([int(token) for token in request["tokens"]], request["reset"])
-        chain = self._chain(engine, request)
-        tokens = self._tokens = self._published(engine, chain, live)
+        if self._pilot is not None:
+            self._pilot.begin()
+        chain = self._chain(player, request)
+        tokens = self._tokens = self._published(player, chain, live)
         try:
             with _errors_of_llama():
                 while True:
@@ -222,39 +273,41 @@ class EdgeLlama(Llama):  # type: ignore[misc]
                     if sent is not None:
                         tokens.close()
                         self._extend(sent)
-                        tokens = self._tokens = self._published(engine, chain, False)
+                        tokens = self._tokens = self._published(player, chain, False)
         finally:
             tokens.close()
             chain.close()
 
-    def _published(self, engine: BoundEngine, chain: ChainSampler, live: bool) -> Generator[int, None, None]:
+    def _published(self, player: Player, chain: ChainSampler, live: bool) -> Generator[int, None, None]:
         """Tokens without end. With `live` logits the first is chosen from those. RuntimeError in a full context."""
         if live:
-            token = chain.sample(engine.slices[-1].logits(-1))
+            token = chain.sample(player.engine.slices[-1].logits(-1))
             chain.accept(token)
-            if len(engine.tokens) < self._n_ctx:
-                engine.extend([token])
+            if len(player.engine.tokens) < self._n_ctx:
+                player.engine.extend([token])
             yield token
-        engine.sampler = chain
+        player.use(chain)
         try:
-            with closing(engine.generate(self._n_ctx)) as steps:
+            with closing(player.steps(self._n_ctx)) as steps:
                 for step in steps:
                     # behind a draft's row there are others, and the logits at hand are theirs
                     self._requires_eval = step.drafted or step.boundary is not None
+                    if self._pilot is not None:
+                        self._pilot.token()
                     yield step.token
             if self.n_tokens < self._n_ctx:
-                yield chain.sample(engine.settle())
+                yield chain.sample(player.engine.settle())
         finally:
-            engine.sampler = self._idle
+            player.use(self._idle)
         raise _does_not_fit(self._n_ctx + 1, self._n_ctx)
 
-    def _chain(self, engine: BoundEngine, request: Mapping[str, Any]) -> ChainSampler:
+    def _chain(self, player: Player, request: Mapping[str, Any]) -> ChainSampler:
         """The request's samplers, and the mode that can serve it."""
-        reason, mode = needs_full_depth(request), self._settings.mode
+        reason, mode = needs_full_depth(request), player.options.mode
         if reason is not None and mode in _EXACT:
             self._note(f"{reason}: such answers come from full depth")
             mode = _EXACT[mode]
-        engine.settings = dataclasses.replace(self._settings, mode=mode)
+        player.engine.settings = dataclasses.replace(engine_settings(player.options), mode=mode)
         self._sampler = self._init_sampler(**{name: request[name] for name in _CHAIN})
         return ChainSampler(
             self._sampler,
@@ -275,21 +328,22 @@ class EdgeLlama(Llama):  # type: ignore[misc]
             self._tokens.close()
             self._tokens = None
 
-    def _follow(self) -> None:
+    def _follow(self) -> Engine:
         """Make the engine's text the one that `Llama` knows."""
-        assert self._engine is not None
+        engine = self._engine
+        assert engine is not None
         text = self._input_ids.tolist()
-        common = self.longest_token_prefix(self._engine.tokens, text)
-        if common < self._engine.n_computed:
-            self._requires_eval = True  # the logits at hand are those of what goes
-        self._engine.rollback(common)
+        common = self.longest_token_prefix(engine.tokens, text)
+        if common < max(len(text), engine.n_computed):
+            self._requires_eval = True  # the logits at hand are those of what goes, or was never computed
+        engine.rollback(common)
         self._extend(text[common:])
+        return engine
 
     def _begin(self, tokens: list[int], reset: bool) -> bool:
         """Add a prompt, keeping what the text shares with it if `reset`; whether its logits are at hand."""
-        engine = self._engine
-        assert engine is not None
-        self._follow()
+        assert self._player is not None
+        engine = self._follow()
         common = self.longest_token_prefix(engine.tokens, tokens) if reset else 0
         rest = tokens[common:]
         unchanged = not rest and (not reset or common == self.n_tokens)
@@ -299,16 +353,19 @@ class EdgeLlama(Llama):  # type: ignore[misc]
             engine.rollback(common)
             self.n_tokens = common
         self._requires_eval = True
+        if self._player.choose(len(engine.tokens)):
+            self._player.engine.extend(engine.tokens)
         self._extend(rest)
         return False
 
     def _extend(self, tokens: Sequence[int]) -> None:
         """Add tokens to the engine's text. Raises RuntimeError, as `Llama` does, if they do not fit the context."""
         assert self._engine is not None
-        length = len(self._engine.tokens) + len(tokens)
+        engine = self._engine
+        length = len(engine.tokens) + len(tokens)
         if length > self._n_ctx:
             raise _does_not_fit(length, self._n_ctx)
-        self._engine.extend([int(token) for token in tokens])
+        engine.extend([int(token) for token in tokens])
 
     def _sync(self) -> None:
         """Let `Llama` know the engine's text."""
@@ -369,7 +426,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]
             return  # it was never opened
         if self._tokens is not None:
             self._tokens.close()
-        self._engine = self._tokens = None
+        self._player = self._tokens = None
         super().close()
         self._model = self._ctx = self.tokenizer_ = Closed("this model")
 

@@ -53,13 +53,15 @@ class Wish:
     cap: int | None = None
     audit_rate: float | None = None
     kernels: str = "edge"
+    profile: str | None = None
+    targets: str | Mapping[str, float] | None = None
 
     @property
     def insists(self) -> str | None:
         """What was asked for that only the engine does, in words; None if plain `Llama` would do."""
         if self.mode not in (None, Mode.AUTO.value, Mode.FULL.value):
             return f"mode={self.mode!r}"
-        names = ("boundaries", "pack", "thresholds", "max_disagreement", "theta", "cap", "audit_rate")
+        names = ("boundaries", "pack", "thresholds", "max_disagreement", "theta", "cap", "audit_rate", "targets")
         return next((name for name in names if getattr(self, name) is not None), None)
 
     @property
@@ -102,11 +104,10 @@ class Wish:
         """Raise UsageError for arguments that mean nothing in `mode`."""
         allowed = {
             "boundaries": mode is not Mode.AUTO,
-            "pack": mode is not Mode.AUTO,
             "thresholds": mode not in (Mode.AUTO, Mode.FULL),
             "cap": mode is not Mode.FULL,
-            "max_disagreement": mode is Mode.EXIT,
-            "audit_rate": mode is Mode.EXIT,
+            "max_disagreement": mode in (Mode.AUTO, Mode.EXIT),
+            "audit_rate": mode in (Mode.AUTO, Mode.EXIT),
             "theta": mode is Mode.MARGIN,
         }
         for name, meant in allowed.items():

@@ -26,7 +26,7 @@ from .sensors.machine import Machine, Sensor
 from .sensors.reading import Reading
 from .sensors.recording import Recording, Replay, read_recording
 from .sensors.sampler import Sampler
-from .steering import Plan, SteeringRequest, plan_steering, steering
+from .steering import Plan, SteeredPlayer, SteeringRequest, plan_steering, steering
 from .summary import Summary
 
 Say = Callable[[str], None]
@@ -165,7 +165,8 @@ class Steered:
 
     def _open(self, plan: Plan | None) -> None:
         if plan is not None and self.sensing.sampler is not None:
-            held = steering(plan, self._runtime, self.sensing.sampler, self.sensing.say)
+            steered = SteeredPlayer(self._runtime.player, self._runtime.header.file_bytes)
+            held = steering(plan, steered, self.sensing.sampler, self.sensing.say)
             self._pilot = self._opened.enter_context(held)
 
     def _close(self) -> None:

@@ -1,14 +1,15 @@
-"""Generation under targets: sensors, the device's profile and a controller put together for one runtime."""
+"""Generation under targets: sensors, the device's profile and a controller put together for one engine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from .batch_costs import CostKey
 from .control import (
@@ -27,10 +28,11 @@ from .errors import UsageError
 from .exits.pack import ExitPack
 from .exits.packs import find_exit_pack
 from .exits.settings import DEFAULT_DISAGREEMENT
-from .generate import RunOptions, Runtime
 from .kept import Kept
+from .native import Model
 from .pilot import (
     LATE_BATCH,
+    Controls,
     Exits,
     Pilot,
     TokenTimes,
@@ -40,12 +42,13 @@ from .pilot import (
     times_from_json,
     times_to_json,
 )
+from .playing import Player
 from .profiles import Profile, choose_profile
-from .resolve import context_options
+from .resolve import RunOptions, context_options, engine_settings
 from .sensors.machine import Machine
 from .sensors.reading import Reading
 from .sensors.sampler import Sampler
-from .slices import default_threads
+from .slices import Slice, default_threads
 from .types import EngineStats, Mode, Thresholds
 
 DEFAULT_TARGET = "balanced"
@@ -158,27 +161,27 @@ def _budget(request: SteeringRequest, profile: Profile, options: RunOptions) -> 
 
 @contextmanager
 def steering(
-    plan: Plan, runtime: Runtime, sampler: Sampler, say: Say, now: Callable[[], float] = time.perf_counter
+    plan: Plan, steered: Steerable, sampler: Sampler, say: Say, now: Callable[[], float] = time.perf_counter
 ) -> Iterator[Pilot]:
     """Settings are chosen while inside, by what the running `sampler` reads; `say` gets what is to be explained.
 
-    `now` is the clock that its readings have. The runtime's caches must be empty; it is left with the settings chosen
-    last. Raises UsageError if the log cannot be written.
+    `now` is the clock that its readings have. The caches of what is `steered` must be empty; it is left with the
+    settings chosen last. Raises UsageError if the log cannot be written.
     """
     start_s = now()
     with ExitStack() as opened:
         hear = opened.enter_context(_listening(plan.request, say, start_s))
-        exits = _exits(plan, runtime)
+        exits = _exits(plan, steered)
         if exits is not None:
             _tell_exits(plan, exits, say)
-        gb_per_token = runtime.header.file_bytes / 1e9
-        times = _token_times(runtime, say, exits)
-        ladder = run_ladder(times, plan.power, gb_per_token, runtime.options.mode, exits)
+        gb_per_token = steered.file_bytes / 1e9
+        times = _token_times(steered, say, exits)
+        ladder = run_ladder(times, plan.power, gb_per_token, steered.options.mode, exits)
         _tell_dropped(plan, ladder, say)
         targets = _answerable(plan, _first_reading(sampler, now), say)
-        controller = Controller(targets, ladder, hear, _settings(runtime, exits))
+        controller = Controller(targets, ladder, hear, _settings(steered, exits))
         estimate = _Estimate(plan.power, os.cpu_count() or 1, gb_per_token)
-        pilot = Pilot(controller, _RuntimeControls(runtime), lambda: sampler.latest, now, time.sleep, estimate)
+        pilot = Pilot(controller, steered, lambda: sampler.latest, now, time.sleep, estimate)
         pilot.begin()
         try:
             yield pilot
@@ -200,28 +203,55 @@ class _Estimate:
         return self._model.fill([reading], self._n_cores, gb_per_s)[0]
 
 
-class _RuntimeControls:
-    """A runtime, as a pilot steers it."""
+class Steerable(Controls, Protocol):
+    """What targets are held for, as far as it is asked once, before the first token."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model's file: the weights that a token reads at full depth."""
+
+    @property
+    def options(self) -> RunOptions:
+        """Resolved ones."""
+
+    @property
+    def slices(self) -> Sequence[Slice]:
+        """Those that are open, with empty caches."""
+
+
+class SteeredPlayer:
+    """A player, as a pilot steers it."""
+
+    def __init__(self, player: Player, file_bytes: int) -> None:
+        self._player, self.file_bytes, self.model = player, file_bytes, player.model
+
+    @property
+    def options(self) -> RunOptions:
+        return self._player.options
+
+    @property
+    def slices(self) -> Sequence[Slice]:
+        return self._player.engine.slices
 
     @property
     def engine(self) -> Engine:
-        return self._runtime.engine
+        return self._player.engine
 
     @property
     def stats(self) -> EngineStats:
-        return self._runtime.engine.stats
+        return self._player.stats
 
     def set_threads(self, n_threads: int) -> None:
-        self._runtime.set_threads(n_threads)
+        self._player.set_threads(n_threads)
 
     def set_thresholds(self, exit_below: tuple[float, ...]) -> None:
-        self._runtime.thresholds = Thresholds(exit_below)
+        self._player.thresholds = Thresholds(exit_below)
 
     def set_audit_rate(self, rate: float) -> None:
-        self._runtime.engine.audit_rate = rate
+        self._player.engine.audit_rate = rate
 
 
 @contextmanager
@@ -247,12 +277,13 @@ def _listening(request: SteeringRequest, say: Say, start_s: float) -> Iterator[C
 # ── what may be chosen, and what it takes ───────────────────────────────────────────────────────────────────────────
 
 
-def _exits(plan: Plan, runtime: Runtime) -> Exits | None:
+def _exits(plan: Plan, steered: Steerable) -> Exits | None:
     """What the run's pack certifies within the targets; None in a run without exits."""
     if plan.pack is None:
         return None
-    signal, cap = runtime.options.signal or plan.pack.default_signal, runtime.engine.settings.cap
-    return exits_of(plan.pack, signal, plan.targets.budget, runtime.header.n_layer, cap)
+    options = steered.options
+    signal, cap = options.signal or plan.pack.default_signal, engine_settings(options).cap
+    return exits_of(plan.pack, signal, plan.targets.budget, steered.model.n_layer, cap)
 
 
 def _tell_exits(plan: Plan, exits: Exits, say: Say) -> None:
@@ -271,9 +302,9 @@ def _tell_dropped(plan: Plan, ladder: Ladder, say: Say) -> None:
                 say(f"control: '{dropped.rung.name}' is never used: {dropped.reason}")
 
 
-def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, TokenTimes]:
+def _token_times(steered: Steerable, say: Say, exits: Exits | None) -> dict[int, TokenTimes]:
     """Times with each number of threads up to the run's own; measured, if they never were."""
-    options = runtime.options
+    options = steered.options
     most = options.n_threads or default_threads()
     counts = range(1, most + 1)
     batch = 0 if exits is None else min(LATE_BATCH, exits.cap + 1, options.n_batch)
@@ -281,7 +312,7 @@ def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, T
         "token-times",
         _FORMAT,
         {
-            **asdict(CostKey.of(runtime.model, context_options(options))),
+            **asdict(CostKey.of(steered.model, context_options(options))),
             "boundaries": options.boundaries or (),
             "batch": batch,
         },
@@ -290,7 +321,7 @@ def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, T
     if times is None:
         threads = "1 thread" if most == 1 else f"1 to {most} threads"
         say(f"measure the time of a token with {threads}, once for this model and machine")
-        times, steady = measure_token_times(runtime.engine.slices, counts, batch)
+        times, steady = measure_token_times(steered.slices, counts, batch)
         if steady:
             kept.write(times_to_json(times))
     return times
@@ -299,11 +330,11 @@ def _token_times(runtime: Runtime, say: Say, exits: Exits | None) -> dict[int, T
 # ── what is held ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settings(runtime: Runtime, exits: Exits | None) -> ControlSettings:
+def _settings(steered: Steerable, exits: Exits | None) -> ControlSettings:
     """Audits as often as the run asks for at least, and a test of what is certified: of exits, or of all tokens."""
     per_tokens = exits is not None and any(rung.risk == "tokens" for rung in exits.certified)
     usual = SlowSettings()
-    rate = max(usual.audit_rate, runtime.options.audit_rate)
+    rate = max(usual.audit_rate, steered.options.audit_rate)
     return ControlSettings(slow=replace(usual, audit_rate=rate, per="tokens" if per_tokens else usual.per))
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime import generate, opening
+from edge_runtime import opening, playing
 from edge_runtime.auto import BUDGET, TRIAL, Chooser, Round, rounds
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.display import footer
@@ -22,6 +22,7 @@ from edge_runtime.exits.costs import Costs
 from edge_runtime.exits.pack import ExitPack
 from edge_runtime.exits.thresholds import Rung
 from edge_runtime.generate import Message, RunOptions, Runtime
+from edge_runtime.playing import Player
 from edge_runtime.types import EngineStats, Mode, SamplingSettings, Step
 
 from .conftest import TinyMaker
@@ -204,8 +205,8 @@ def pack_path(model_path: Path, tmp_path: Path) -> str:
 
 
 def predict(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    monkeypatch.setattr(generate, "kept_part_costs", lambda *_: COSTS)
-    monkeypatch.setattr(generate, "predicted_time", lambda *_, **__: times)
+    monkeypatch.setattr(playing, "kept_part_costs", lambda *_: COSTS)
+    monkeypatch.setattr(playing, "predicted_time", lambda *_, **__: times)
 
 
 def texts(options: RunOptions, n: int = 40, **changes: Any) -> list[list[int]]:
@@ -245,7 +246,7 @@ def test_heads_that_lose_are_left_in_the_middle_of_an_answer(
 ) -> None:
     full = texts(options, n=80, mode=Mode.FULL, sampling=sampling)
     predict(monkeypatch, 0.5)
-    slow(monkeypatch, lambda runtime: 3.0 if runtime.options.boundaries else 1.0)
+    slow(monkeypatch, lambda player: 3.0 if player.options.boundaries else 1.0)
     left: list[str] = []
     with Runtime(dataclasses.replace(options, pack=pack_path, sampling=sampling)) as runtime:
         for prompt, expected in zip(PROMPTS, full, strict=True):
@@ -263,7 +264,7 @@ def test_heads_that_lose_are_left_in_the_middle_of_an_answer(
 def test_heads_that_win_stay(options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     full = texts(options, n=80, mode=Mode.FULL)
     predict(monkeypatch, 0.5)
-    slow(monkeypatch, lambda runtime: 0.5)
+    slow(monkeypatch, lambda player: 0.5)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
         for prompt, expected in zip(PROMPTS, full, strict=True):
             assert [c.step.token for c in runtime.stream(runtime.text_tokens(prompt), 80)] == expected
@@ -281,13 +282,30 @@ def test_heads_that_are_thought_to_lose_are_not_opened(
 
 def test_exits_need_a_bound(options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     predict(monkeypatch, 0.5)
-    slow(monkeypatch, lambda runtime: 0.5)
+    slow(monkeypatch, lambda player: 0.5)
     with Runtime(dataclasses.replace(options, pack=pack_path, max_disagreement=0.1)) as runtime:
-        assert list(runtime._policies) == ["text", "heads", "exit"]
+        assert list(runtime.player.policies) == ["text", "heads", "exit"]
         list(runtime.stream(runtime.text_tokens("Once upon"), 30))
         assert runtime.summary.policies in ({"heads": 30}, {"exit": 30})
     with pytest.raises(PackError, match="certifies no exits"):
         Runtime(dataclasses.replace(options, pack=pack_path, max_disagreement=0.01))
+
+
+def test_exits_that_are_left_are_audited_like_all_others(
+    options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(monkeypatch, 0.5)
+    monkeypatch.setattr(playing, "predicted_time", lambda _pack, mode, *_, **__: 0.5 if mode is Mode.EXIT else 2.0)
+    slow(monkeypatch, lambda player: 3.0)
+    asked = dataclasses.replace(options, pack=pack_path, max_disagreement=0.1, audit_rate=1.0, cap=40)
+    with Runtime(asked) as runtime:
+        steps = [c.step for c in runtime.stream(runtime.text_tokens("Once upon"), 60)]
+        exits = [step.position for step in steps if step.depth < runtime.model.n_layer]
+        assert exits  # with such a cap, none of them had been at full depth when they were left
+        assert [audit.position for step in steps for audit in step.audits] == exits
+        assert runtime.summary.policies is not None
+        assert set(runtime.summary.policies) == {"exit", "text"}
+        assert runtime.summary.audited == len(exits)
 
 
 def test_an_interrupted_change_is_made_up_for(
@@ -297,7 +315,7 @@ def test_an_interrupted_change_is_made_up_for(
     predict(monkeypatch, 0.5)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "open_slices", interrupted)
+            patch.setattr(playing, "open_slices", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 40))
         assert [c.step.token for c in runtime.stream(runtime.text_tokens(PROMPTS[0]), 40)] == expected
@@ -305,7 +323,7 @@ def test_an_interrupted_change_is_made_up_for(
 
 def test_counts_go_on_through_changes(options: RunOptions, pack_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     predict(monkeypatch, 0.5)
-    slow(monkeypatch, lambda runtime: 3.0)
+    slow(monkeypatch, lambda player: 3.0)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
         for prompt in PROMPTS:
             list(runtime.stream(runtime.text_tokens(prompt), 60))
@@ -321,7 +339,7 @@ def test_after_an_interrupted_change_all_else_works_too(
     predict(monkeypatch, 0.5)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "open_slices", interrupted)
+            patch.setattr(playing, "open_slices", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 40))
         assert runtime.summary.generated_tokens == 0
@@ -333,13 +351,13 @@ def test_after_an_interrupted_change_all_else_works_too(
 def test_a_reopening_that_fails_leaves_what_there_was(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with Runtime(options) as runtime:
         expected = [c.step.token for c in runtime.stream(runtime.text_tokens(PROMPTS[0]), 20)]
-        real, asked = generate.open_slices, runtime.asked
+        real, asked = playing.open_slices, runtime.asked
 
         def fail_once(*arguments: Any, **named: Any) -> Any:
-            monkeypatch.setattr(generate, "open_slices", real)
+            monkeypatch.setattr(playing, "open_slices", real)
             raise MemoryLimitError("no room")
 
-        monkeypatch.setattr(generate, "open_slices", fail_once)
+        monkeypatch.setattr(playing, "open_slices", fail_once)
         with pytest.raises(MemoryLimitError):
             runtime.reopen(dataclasses.replace(asked, mode=Mode.EXIT, boundaries=(2,)))
         assert runtime.asked is asked
@@ -357,7 +375,7 @@ def test_what_cannot_be_measured_steadily_is_measured_once_in_a_run(
 
     monkeypatch.setattr(opening, "measure_batch_costs", measure)
     predict(monkeypatch, 0.5)
-    slow(monkeypatch, lambda runtime: 3.0)
+    slow(monkeypatch, lambda player: 3.0)
     with Runtime(dataclasses.replace(options, pack=pack_path)) as runtime:
         for prompt in PROMPTS:
             list(runtime.stream(runtime.text_tokens(prompt), 60))
@@ -368,16 +386,16 @@ def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, takes: Callable[[Runtime], float]) -> None:
+def slow(monkeypatch: pytest.MonkeyPatch, takes: Callable[[Player], float]) -> None:
     """Rounds take so many token times per token; a token at full depth alone takes one."""
-    count = Runtime._count
+    count = Player._count
 
-    def counted(self: Runtime, done: Round) -> None:
+    def counted(self: Player, done: Round) -> None:
         probing = self._chooser is None or self._chooser.probing or not self.options.boundaries
         seconds = ONE_S * done.tokens * (1.0 if probing else takes(self))
         count(self, dataclasses.replace(done, seconds=seconds))
 
-    monkeypatch.setattr(Runtime, "_count", counted)
+    monkeypatch.setattr(Player, "_count", counted)
 
 
 @pytest.mark.parametrize(
@@ -408,5 +426,6 @@ def test_a_real_model_with_its_pack(demo_path: Path, tmp_path: Path, monkeypatch
         with Runtime(dataclasses.replace(options, pack=pack)) as runtime:
             assert [c.step.token for c in runtime.stream(runtime.chat_tokens(question), 60)] == full
             if pack:
-                predicted = {name: runtime._chooser.estimate(name) for name in ("heads",)} if runtime._chooser else {}
+                chooser = runtime.player._chooser
+                predicted = {name: chooser.estimate(name) for name in ("heads",)} if chooser else {}
                 assert 0.1 < predicted["heads"] < 10

@@ -25,7 +25,7 @@ from edge_runtime.sensing_options import SensingArguments
 from edge_runtime.sensors.reading import PowerSource, Reading
 from edge_runtime.sensors.recording import Recorder, Replay
 from edge_runtime.sensors.sampler import Sampler, Timing
-from edge_runtime.steering import SteeringRequest
+from edge_runtime.steering import SteeredPlayer, SteeringRequest
 from edge_runtime.types import Mode
 
 from .cli_helpers import RunCli, assert_clean, runner
@@ -235,9 +235,11 @@ class FakeSteering:
         return options.mode if request.wanted else None
 
     @contextmanager
-    def steering(self, plan: Mode, runtime: Runtime, sampler: Sampler, _say: Callable[[str], None]) -> Iterator[Held]:
-        assert runtime.asked.mode is plan
-        assert runtime.engine.tokens == []  # its caches must be empty
+    def steering(
+        self, plan: Mode, steered: SteeredPlayer, sampler: Sampler, _say: Callable[[str], None]
+    ) -> Iterator[Held]:
+        assert steered.options.mode is plan
+        assert steered.engine.tokens == []  # its caches must be empty
         assert all(held.ended for held in self.held)
         self.samplers.append(sampler)
         self.held.append(Held(plan))

@@ -163,7 +163,8 @@ class Held:
         assert plan is not None
         with Runtime(options) as runtime:
             text = runtime.text_tokens("Once upon a time")
-            with steering.steering(plan, runtime, sampler, self.said.append, lambda: 0.0) as pilot:
+            steered = steering.SteeredPlayer(runtime.player, runtime.header.file_bytes)
+            with steering.steering(plan, steered, sampler, self.said.append, lambda: 0.0) as pilot:
                 self.steps: list[Step] = []
                 self.rates: list[float] = []
                 for chunk in runtime.stream(text, N):

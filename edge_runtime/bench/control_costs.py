@@ -14,7 +14,7 @@ from ..profiles import choose_profile
 from ..sensors.detect import detect
 from ..sensors.machine import Machine
 from ..sensors.sampler import Sampler, Timing, thread_cpu_s
-from ..steering import SteeringRequest, plan_steering, steering
+from ..steering import SteeredPlayer, SteeringRequest, plan_steering, steering
 from .turns import Countdown, Quartiles, in_turns, quartiles, ratios
 
 _OUT_OF_REACH_MS = 0.001  # a time per token that no setting holds: the fastest is used, and nothing ever rests
@@ -83,7 +83,9 @@ def measure_control(
         sensors = detect(machine, profile)
         with (
             Sampler(sensors, INTERVAL_S, timing=Timing(now=time.perf_counter, cpu=cpu)) as sampler,
-            steering(plan, runtime, sampler, lambda _text: None) as pilot,
+            steering(
+                plan, SteeredPlayer(runtime.player, runtime.header.file_bytes), sampler, lambda _text: None
+            ) as pilot,
         ):
 
             def timed() -> None:

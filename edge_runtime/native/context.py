@@ -284,10 +284,12 @@ class Context:
         if not 0 <= seq_id < self._n_seq_max:
             raise UsageError(f"sequence {seq_id} is none of this slice's {self._n_seq_max}", "raise n_seq_max")
 
-    def set_threads(self, n_threads: int) -> None:
-        if not 1 <= n_threads <= _MAX_THREADS:
-            raise UsageError(f"{n_threads} threads cannot be used", f"allowed: from 1 to {_MAX_THREADS}")
-        self._c.llama_set_n_threads(self.handle, n_threads, n_threads)
+    def set_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
+        """For single tokens and for batches, None: as many. Raises UsageError for numbers out of range."""
+        for n in (n_threads, n_threads_batch or n_threads):
+            if not 1 <= n <= _MAX_THREADS:
+                raise UsageError(f"{n} threads cannot be used", f"allowed: from 1 to {_MAX_THREADS}")
+        self._c.llama_set_n_threads(self.handle, n_threads, n_threads_batch or n_threads)
 
     def synchronize(self) -> None:
         self._c.llama_synchronize(self.handle)
