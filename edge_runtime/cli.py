@@ -9,6 +9,7 @@ import typer
 
 from . import __version__
 from .calibrate_cli import CALIBRATE_EPILOG, calibrate
+from .confidence_options import ConfidenceArguments
 from .config_cli import CONFIG_EPILOG, show_config
 from .energy_cli import energy_app
 from .labels_cli import MODERATE_EPILOG, labels_app, moderate
@@ -28,6 +29,8 @@ from .sensors_cli import SENSORS_EPILOG, sensors
 from .serve_cli import SERVE_EPILOG, serve
 from .service_cli import service_app
 from .translate_cli import TRANSLATE_EPILOG, translate
+
+UNSURE = 3  # exit code of `generate` where it abstains
 
 app = typer.Typer(
     name="edge-run",
@@ -79,18 +82,23 @@ Examples:
   edge-run generate --raw --stop "." "Once upon a time"
   edge-run generate --json --file prompt.txt | jq .depth
   edge-run generate --energy "Why is the sky blue?"
+  edge-run generate --confidence "What is the capital of France?"
+  edge-run generate --abstain-above 0.5 "Who wrote Faust?"; [ $? = 3 ] && ask-a-larger-model
   edge-run generate --power-cap 5 --temp-ceiling 70 --explain "Tell me about Paris."
   edge-run generate --target quiet --explain --replay heat.jsonl "Tell me about Paris."
   git diff | edge-run generate --system "Summarise this change."
 
 \b
 The answer goes to stdout, all else to stderr. A prompt from a file or pipe loses one newline at its end.
-With --json: one object per token, whose texts joined are the answer, then {"summary": ...}."""
+With --json: one object per token, whose texts joined are the answer, then {"summary": ...}, and beside it
+"confidence" if that was asked for. Exit code 3: --abstain-above found the model unsure; there is no answer then, and
+the summary is null."""
 )
 @expand_arguments
 def generate(
     run: RunArguments,
     sensing: SensingArguments,
+    confidence: ConfidenceArguments,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing: from a pipe.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     raw: Annotated[
@@ -101,7 +109,8 @@ def generate(
     """Answer one prompt."""
     from .completion import Request, complete
 
-    complete(Request(prompt, file, raw, as_json), run, sensing)
+    if not complete(Request(prompt, file, raw, as_json), run, sensing, confidence):
+        raise typer.Exit(UNSURE)
 
 
 @app.command(

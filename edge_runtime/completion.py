@@ -1,15 +1,17 @@
-"""One prompt in, one answer out: what `edge-run generate` does."""
+"""One prompt in, one answer out, and how sure it is: what `edge-run generate` does."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import display
+from .confidence_options import ConfidenceArguments, plan_confidence
+from .confidence_run import ConfidenceRun
 from .errors import PromptError, UsageError
 from .generate import Chunk, Runtime
 from .options import RunArguments, run_options, start_library
@@ -29,35 +31,58 @@ class Request:
     json: bool
 
 
-def complete(request: Request, arguments: RunArguments, sensed: SensingArguments) -> None:
-    """Answer on stdout, the rest on stderr. Raises KeyboardInterrupt after the footer of an interrupted answer."""
+def complete(
+    request: Request, arguments: RunArguments, sensed: SensingArguments, confidence: ConfidenceArguments
+) -> bool:
+    """Answer on stdout, the rest on stderr; False if there is no answer because the model is unsure.
+
+    Raises KeyboardInterrupt after the footer of an interrupted answer.
+    """
     if request.json and arguments.show_exits:
         raise UsageError("--json and --show-exits exclude each other", "each JSON object has its token's depth")
+    if request.json and confidence.show_clusters:
+        raise UsageError("--json and --show-clusters exclude each other", "the JSON has the clusters")
     if request.raw and arguments.system is not None:
         raise UsageError("--system needs the chat template that --raw leaves out", "write it into the prompt")
     options = run_options(arguments)
     say: Callable[[str], None] = (lambda _text: None) if arguments.quiet else display.tell
     plan = plan_sensing(sensed, arguments.device, options, say)
     prompt = read_prompt(request.prompt, request.file)
+    wanted = plan_confidence(confidence, options, arguments.max_tokens)
     start_library(verbose=arguments.verbose)
     with (
         sensing(plan, say) as sensors,
         Runtime(options, lambda text: say(f"warning: {text}"), say, sensors.meter) as runtime,
+        ExitStack() as opened,
     ):
         tokens = _tokens(runtime, prompt, request.raw, arguments.system, say)
+        confident = None
+        if wanted is not None:
+            confident = opened.enter_context(ConfidenceRun(wanted, runtime, prompt, sensors.meter, say))
+            if not confident.allows(tokens):
+                _tell_unsure(confident, json=request.json)
+                return False
         if arguments.show_exits:
             say(painter_of(runtime).legend())
         write = _json_writer if request.json else text_writer(runtime, arguments.show_exits)
         with Steered(sensors, runtime) as steered:
+            said, write = _kept(write)
             interrupted = not answer(runtime, tokens, arguments, write, steered.token)
-        if request.json:
-            display.write_json({"summary": dataclasses.asdict(runtime.summary)})
-        else:
-            for line in display.footer(runtime.summary, seeded=arguments.temperature > 0):
+        summary = runtime.summary
+        if not request.json:
+            for line in display.footer(summary, seeded=arguments.temperature > 0):
                 say(line)
-        sensors.tell_gaps(runtime.summary)
+        if confident is not None and not interrupted:
+            interrupted = not confident.finish(tokens, said)
+        if request.json:
+            record = {} if confident is None else {"confidence": confident.record()}
+            display.write_json({"summary": dataclasses.asdict(summary), **record})
+        elif confident is not None:
+            confident.tell()
+        sensors.tell_gaps(summary)
     if interrupted:
         raise KeyboardInterrupt
+    return True
 
 
 def answer(
@@ -78,6 +103,25 @@ def answer(
         return False
     finally:
         write(None)
+
+
+def _kept(write: Callable[[Chunk | None], None]) -> tuple[list[str], Callable[[Chunk | None], None]]:
+    """A list of the texts that are written, and the function that writes them."""
+    texts: list[str] = []
+
+    def write_and_keep(chunk: Chunk | None) -> None:
+        if chunk is not None:
+            texts.append(chunk.text)
+        write(chunk)
+
+    return texts, write_and_keep
+
+
+def _tell_unsure(confident: ConfidenceRun, *, json: bool) -> None:
+    if json:
+        display.write_json({"summary": None, "confidence": confident.record()})
+    else:
+        confident.tell()
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from .generate import Chunk
+from .semantic import Confidence
 from .summary import Finish, Summary
 from .types import Mode
 
@@ -199,6 +200,89 @@ def _energy_line(summary: Summary) -> list[str]:
 def _short(value: float, digits: int) -> str:
     """`digits` significant digits, more before the decimal point; no exponent for what is large."""
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def confidence_lines(found: Confidence, *, agrees: bool | None) -> list[str]:
+    """A confidence in words; `agrees`: whether the answer says what most samples do."""
+    alone = len(found.clusters) == len(found.samples)
+    otherwise = ", the answer says something else" if agrees is False and not alone else ""
+    said = f"{_agreement(found)}{otherwise}"
+    semantic = f"semantic entropy {found.entropy:.2f} nats"
+    return [f"confidence {found.score:.2f}: {said} ({semantic}, {_cost(found)})", *_cut_line(found)]
+
+
+def unsure_lines(found: Confidence, above: float) -> list[str]:
+    """Why there is no answer, in words."""
+    entropy = f"normalised semantic entropy {found.normalised_entropy:.3f}"
+    if found.normalised_entropy > above:
+        entropy += f" is above {above:g}"
+    return [f"unsure: {_agreement(found)}; {entropy} ({found.entropy:.2f} nats, {_cost(found)})", *_cut_line(found)]
+
+
+def cluster_lines(found: Confidence) -> list[str]:
+    """What the samples say, the commonest first: how many, and the likeliest wording."""
+    of = len(found.samples)
+    return [f"  {len(c.members):>2} of {of}  {harmless(c.answer) or '(empty)'}" for c in found.clusters]
+
+
+def _agreement(found: Confidence) -> str:
+    largest, of = len(found.clusters[0].members), len(found.samples)
+    if found.empty:
+        return f"{largest} of {of} samples are empty"
+    if largest == of:
+        return f"all {of} samples say the same"
+    return f"no two of {of} samples say the same" if largest == 1 else f"{largest} of {of} samples say the same"
+
+
+def _cost(found: Confidence) -> str:
+    cost = found.cost
+    parts = [f"{cost.generated_tokens} tokens", f"{cost.ms:.0f} ms"]
+    if cost.joules is not None:
+        parts.append(f"{_short(cost.joules, 2)} J {cost.energy_source}")
+    if cost.energy_covered is not None and cost.energy_covered < _WELL_COVERED:
+        parts.append(f"the power was known for {cost.energy_covered:.0%} of the time")
+    return ", ".join(parts)
+
+
+def _cut_line(found: Confidence) -> list[str]:
+    cut = [sample for sample in found.samples if not sample.ended]
+    if 2 * len(cut) <= len(found.samples):
+        return []
+    n_tokens = max(len(sample.tokens) for sample in cut)
+    words = f"{len(cut)} of {len(found.samples)} samples were cut after {n_tokens} tokens"
+    return [f"note: {words}: this is about how answers begin"]
+
+
+def confidence_record(
+    found: Confidence, same_by: str, *, above: float | None = None, abstained: bool = False, agrees: bool | None = None
+) -> dict[str, Any]:
+    """A confidence for JSON; where there is no answer to be given, its `answer` is None."""
+    return {
+        "score": found.score,
+        "entropy": found.entropy,
+        "normalised_entropy": found.normalised_entropy,
+        "likelihood_entropy": found.likelihood_entropy,
+        "consistency": found.consistency,
+        "answer": None if abstained else found.answer,
+        "agrees": agrees,
+        "abstain_above": above,
+        "abstained": abstained,
+        "grouping": same_by,
+        "stopped": found.stopped.value,
+        "planned": found.planned,
+        "clusters": [dataclasses.asdict(cluster) for cluster in found.clusters],
+        "samples": [
+            {
+                "text": sample.text,
+                "tokens": len(sample.tokens),
+                "ended": sample.ended,
+                "mean_log_likelihood": sample.mean_log_likelihood,
+                "mean_entropy": sample.mean_entropy,
+            }
+            for sample in found.samples
+        ],
+        "cost": dataclasses.asdict(found.cost),
+    }
 
 
 def _end_line(summary: Summary) -> list[str]:

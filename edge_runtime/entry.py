@@ -11,7 +11,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> NoReturn:
-    """Run `edge-run` and exit: 0 done, 1 failed, 2 the request was wrong, 130 interrupted."""
+    """Run `edge-run` and exit: 0 done, 1 failed, 2 the request was wrong, 3 unsure (`generate`), 130 interrupted."""
     sys.exit(run(sys.argv[1:]))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.semantic import ByForm, ByMeaning, Grouping, embedding_similarity, form
-from edge_runtime.semantic.forms import contradict
+from edge_runtime.semantic.forms import beyond, contradict
 from edge_runtime.semantic.grouping import average_linkage
 from edge_runtime.types import Floats
 
@@ -99,6 +99,37 @@ def test_by_meaning() -> None:
     assert BY_MEANING.groups(["12", "13", "twelve"]) == [[0, 2], [1]]
     assert BY_MEANING.groups(["Paris"]) == [[0]]
     assert BY_MEANING.groups([]) == []
+
+
+def words_in_common(texts: list[str]) -> Floats:
+    """A direction for each word."""
+    words = sorted({word for text in texts for word in text.split()})
+    rows = np.array([[word in text.split() for word in words] for text in texts], np.float32)
+    unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
+def test_what_answers_repeat_of_the_question_does_not_make_them_alike() -> None:
+    question = "What is the capital of France?"
+    answers = ["The capital of France is Paris.", "The capital of France is Rome.", "The capital of France: Rome!"]
+    assert ByMeaning(embedding_similarity(words_in_common), 0.7).groups(answers) == [[0, 1, 2]]
+    assert ByMeaning(embedding_similarity(words_in_common, question), 0.7).groups(answers) == [[1, 2], [0]]
+    assert embedding_similarity(words_in_common, question)(["Rome"]) == pytest.approx(np.ones((1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("question", "a", "b", "expected"),
+    [
+        ("capital of france", "capital of france is paris", "capital of france is rome", ("is paris", "is rome")),
+        ("capital of france", "capital of france is paris", "rome", ("capital of france is paris", "rome")),
+        ("is it red or blue", "it is red", "it is blue", ("red", "blue")),
+        ("paris or rome", "paris", "paris in france", ("paris", "paris in france")),
+        ("", "paris", "rome", ("paris", "rome")),
+    ],
+)
+def test_what_answers_say_beyond_the_question(question: str, a: str, b: str, expected: tuple[str, str]) -> None:
+    assert beyond(question, a, b) == expected
+    assert beyond(question, b, a) == expected[::-1]
 
 
 def test_an_empty_answer_means_nothing_else() -> None:

@@ -264,9 +264,12 @@ def test_entailment_is_asked_both_ways() -> None:
         return np.log(np.array([yes, 1 - yes, 5.0, 5.0], np.float32))
 
     judge = Entailment(_Words("Yes No"), prompt_tokens, next_logits)  # type: ignore[arg-type]
-    near = judge.about("Where?")(["Paris, France", "Paris", "Lyon"])
+    similarity = judge.about("Where?")
+    near = similarity(["Paris, France", "Paris", "Lyon"])
     assert near == pytest.approx(np.array([[1, 0.6, 0.6], [0.6, 1, 0.2], [0.6, 0.2, 1]]), abs=1e-5)
     assert len(asked) == 6
+    np.testing.assert_array_equal(similarity(["Lyon", "Paris"]), near[:0:-1, :0:-1])
+    assert len(asked) == 6  # no pair is asked about twice
     assert ByMeaning(judge.about("Where?"), 0.5).groups(["Lyon", "Paris", "Paris, France"]) == [[0, 2], [1]]
 
 

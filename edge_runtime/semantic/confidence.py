@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..errors import UsageError
+from .forms import form
 from .grouping import ByForm, Grouping
 from .sampler import AnswerSource, Sample, SampleSettings
 from .scores import entropy, entropy_bounds, entropy_of_shares, likelihood_shares, normalised
@@ -69,6 +70,9 @@ class Cost:
     generated_tokens: int
     rows: int  # tokens computed: the prompt's that were not held, and the answers'
     ms: float  # grouping included
+    joules: float | None = None  # gross; this and what follows None where no power is known
+    energy_source: str | None = None  # measured, calibrated or estimated
+    energy_covered: float | None = None  # share of the time that readings of the power were near enough to
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,11 @@ class Confidence:
     def answer(self) -> str:
         """What most of the samples say; "" if most are empty."""
         return self.clusters[0].answer
+
+    @property
+    def empty(self) -> bool:
+        """Whether more than half of the samples say nothing: no letter, digit or symbol."""
+        return self.consistency > 0.5 and not form(self.answer)
 
     @property
     def normalised_entropy(self) -> float:

@@ -42,14 +42,19 @@ class Entailment:
         return float(np.exp(yes - np.logaddexp(yes, no)))
 
     def about(self, question: str) -> Similarity:
-        """For `ByMeaning`, with a threshold of 0.5: of two answers to `question`, the smaller of both directions."""
+        """For `ByMeaning`, with a threshold of 0.5: of two answers to `question`, the smaller of both directions.
+
+        No pair is asked twice, so that further answers cost no more than what is new.
+        """
+        known: dict[tuple[str, str], float] = {}
 
         def similarity(texts: list[str]) -> Floats:
             found = np.ones((len(texts), len(texts)), np.float32)
             for i, given in enumerate(texts):
                 for j, other in enumerate(texts):
-                    if i != j:
-                        found[i, j] = self.follows(question, given, other)
+                    if i != j and (given, other) not in known:
+                        known[given, other] = self.follows(question, given, other)
+                    found[i, j] = known.get((given, other), 1.0)
             return np.minimum(found, found.T)
 
         return similarity

@@ -41,6 +41,13 @@ def form(answer: str) -> str:
     return " ".join(_numbers_as_digits(words))
 
 
+def beyond(question: str, a: str, b: str) -> tuple[str, str]:
+    """Two answers without the words of the question that both repeat, whole if one of them says no more; all forms."""
+    repeated = set(question.split()) & set(a.split()) & set(b.split())
+    left = [" ".join(word for word in answer.split() if word not in repeated) for answer in (a, b)]
+    return (left[0], left[1]) if all(left) else (a, b)
+
+
 def numbers(answer_form: str) -> tuple[str, ...]:
     """The numbers in a form, in order."""
     return tuple(_NUMBER.findall(answer_form))

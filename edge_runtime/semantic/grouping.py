@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..types import Floats
-from .forms import contradict, form
+from .forms import beyond, contradict, form
 
 # texts → (n, n) symmetric: how near the meanings of two are, 1 for the same
 Similarity: TypeAlias = Callable[[list[str]], Floats]
@@ -67,12 +67,21 @@ class ByMeaning:
         return _ordered([i for item in group for i in by_form[forms[item]]] for group in linked)
 
 
-def embedding_similarity(encode: Encode) -> Similarity:
-    """Cosines of the texts' embeddings."""
+def embedding_similarity(encode: Encode, question: str = "") -> Similarity:
+    """Cosines of the embeddings of what each two answers to `question` say beyond the words of it that both repeat.
+
+    With these, "The capital of France is Paris" and "The capital of France is Lyon" would be nearly the same.
+    """
 
     def similarity(texts: list[str]) -> Floats:
-        rows = encode(texts)
-        return rows @ rows.T
+        asked, forms = form(question), [form(text) for text in texts]
+        pairs = {(i, j): beyond(asked, forms[i], forms[j]) for i in range(len(forms)) for j in range(i)}
+        distinct = sorted({text for pair in pairs.values() for text in pair})
+        rows = dict(zip(distinct, encode(distinct), strict=True)) if distinct else {}
+        found = np.eye(len(texts), dtype=np.float32)
+        for (i, j), (a, b) in pairs.items():
+            found[i, j] = found[j, i] = rows[a] @ rows[b]
+        return found
 
     return similarity
 

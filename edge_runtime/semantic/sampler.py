@@ -85,7 +85,8 @@ class AnswerSampler:
                 f"a batch of {options.n_batch} has no room for a token of each of {n_parallel} answers",
                 f"allow batches of {n_parallel} or more",
             )
-        self.n_parallel, self.n_ctx, self.rows = n_parallel, options.n_ctx, 0
+        self.n_parallel, self.n_ctx = n_parallel, options.n_ctx
+        self.rows = self.batches = 0  # computed so far
         self._model = model
         self._slice = Slice(model, 0, model.n_layer, options, n_outputs_max=n_parallel)
         self._held: list[int] = []  # of the prompt, in the KV cache of every sequence
@@ -145,6 +146,7 @@ class AnswerSampler:
     def _decode(self, tokens: list[int], positions: Sequence[int], want: Sequence[int], numbers: list[int]) -> None:
         self._slice.decode_tokens(tokens, 0, want, numbers, positions)
         self.rows += len(tokens)
+        self.batches += 1
 
     def _take(self, answer: _Answer, logits: Floats, settings: SampleSettings) -> None:
         """Let an answer go on with a token drawn from `logits`."""
