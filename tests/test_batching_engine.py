@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 
 from edge_runtime.batching import BatchEngine, Event, Failed, Finished, Question, Request, Token
 from edge_runtime.batching.pool import WORTH_KEEPING
+from edge_runtime.engine import Engine
 from edge_runtime.errors import DecodeError, PromptError, UsageError
 from edge_runtime.native import ContextOptions, KvType, Model, available_kernels
+from edge_runtime.ngram import NGrams
+from edge_runtime.sampling import Sampler, is_close_second
+from edge_runtime.slices import Slice
 from edge_runtime.summary import Finish
-from edge_runtime.types import SamplingSettings
+from edge_runtime.types import EngineSettings, Mode, SamplingSettings, Thresholds
 
 from .batching_helpers import FREE, Alone, check_events, check_free, run
 from .conftest import TinyMaker
@@ -46,10 +51,10 @@ def alone(model: Model) -> Iterator[Alone]:
 
 def opened(model: Model, n: int = 3, costs: Sequence[float] = FREE, **changes: Any) -> BatchEngine:
     clock = itertools.count().__next__
-    boundaries = changes.pop("boundaries", ())
+    boundaries, theta = changes.pop("boundaries", ()), changes.pop("theta", None)
     asked = {"n_ctx": n * N_CTX, "n_batch": N_BATCH, "n_threads": 1, "flash_attention": True} | changes
     options = ContextOptions(n_seq_max=n, **asked)
-    return BatchEngine(model, options, costs, boundaries=boundaries, clock=lambda: float(clock()))
+    return BatchEngine(model, options, costs, boundaries=boundaries, theta=theta, clock=lambda: float(clock()))
 
 
 def text(*blocks: int) -> tuple[int, ...]:
@@ -223,6 +228,81 @@ def test_any_arrivals_cancels_failures_and_interruptions(
             assert request.answer == full
         else:
             assert request.answer == full[: len(request.answer)]
+
+
+# ── mode margin ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingSettings(temperature=0.3, seed=3)], ids=["greedy", "sampled"])
+def test_a_relaxed_token_is_a_draft_that_full_depth_nearly_chose(model: Model, sampling: SamplingSettings) -> None:
+    """Full depth is asked about every text anew: what it puts first stands, or what it puts second and nearly first."""
+    theta = 0.3
+    whole = Slice(model, 0, model.n_layer, ContextOptions(n_ctx=N_CTX, n_batch=N_CTX, n_threads=1))
+    with opened(model, theta=theta) as engine:
+        requests = [engine.submit(Question(prompt, 60, sampling)) for prompt in PROMPTS]
+        events = run(engine)
+        check_events(events, requests)
+        check_free(engine)
+        stats = engine.stats
+    relaxed = [event for event in events if isinstance(event, Token) and event.relaxed]
+    assert stats.relaxed == len(relaxed) == sum(request.stats.relaxed for request in requests) > 5
+    assert stats.accepted > stats.relaxed
+    for event in events:
+        if isinstance(event, Token) and (event.relaxed or sampling == GREEDY):
+            whole.remove(0)
+            text_before = event.request.tokens[: event.position]
+            whole.decode_tokens(text_before, 0, (len(text_before) - 1,))
+            logits = whole.logits(len(text_before) - 1)
+            if event.relaxed:
+                assert is_close_second(logits, event.token, theta)
+            else:
+                assert event.token == int(logits.argmax())
+    whole.close()
+
+
+def test_margin_alone_is_what_the_engine_publishes(model: Model) -> None:
+    """One conversation, drafts of one token: both engines draft where one more row pays, and so the same."""
+    costs, theta = FREE[:2], 0.3
+    question = Question(text(1, 2, 3, 1, 2, 3), 60)
+    with opened(model, 1, costs, theta=theta) as engine:
+        request = engine.submit(question)
+        run(engine)
+    settings_ = EngineSettings(Mode.MARGIN, cap=1, theta=theta)
+    options = ContextOptions(n_ctx=N_CTX, n_batch=N_BATCH, n_threads=1, flash_attention=True)
+    whole = Slice(model, 0, model.n_layer, options, n_outputs_max=2)
+    with closing(Sampler(GREEDY, model.n_vocab)) as sampler:
+        alone = Engine([whole], sampler, settings_, lambda: Thresholds(()), NGrams(costs), n_ctx=N_CTX)
+        alone.extend(question.tokens)
+        assert [step.token for step in alone.generate(60)] == request.answer
+        assert alone.stats.relaxed == request.stats.relaxed > 0
+    whole.close()
+
+
+def test_without_theta_or_with_one_of_1_nothing_is_relaxed(model: Model, alone: Alone) -> None:
+    for theta in (None, 1.0):
+        with opened(model, theta=theta) as engine:
+            requests = [engine.submit(Question(prompt, 40)) for prompt in PROMPTS]
+            events = run(engine)
+            assert engine.stats.relaxed == engine.stats.exits == 0
+            assert engine.stats.by_depth == {2: 40 * len(PROMPTS)}
+        assert all(e.depth == 2 and e.boundary is None and not e.audits for e in events if isinstance(e, Token))
+        assert [request.answer for request in requests] == [alone.answer(r.question) for r in requests]
+
+
+def test_a_theta_that_is_no_ratio_is_refused(model: Model) -> None:
+    with pytest.raises(UsageError, match="theta 0 is no ratio"):
+        opened(model, theta=0)
+
+
+def test_threads_change_no_bit(model: Model, alone: Alone) -> None:
+    with opened(model) as engine:
+        requests = [engine.submit(Question(prompt, 20)) for prompt in PROMPTS]
+        engine.step()
+        engine.set_threads(2)
+        run(engine)
+        with pytest.raises(UsageError, match="0 threads cannot be used"):
+            engine.set_threads(0)
+    assert [request.answer for request in requests] == [alone.answer(r.question) for r in requests]
 
 
 # ── prompts and answers side by side ────────────────────────────────────────────────────────────────────────────────

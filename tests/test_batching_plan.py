@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.batching.plan import CompanyCosts, best_width, bridges, cost_of, prompt_shares
+from edge_runtime.batching.plan import CompanyCosts, best_width, bridges, cost_of, padded, prompt_shares
+from edge_runtime.batching.plan import passes as passes_of
 from edge_runtime.ngram import GAIN
 
 FLAT = (1.0,) * 16
@@ -71,6 +72,65 @@ def test_gaps_are_bridged_where_rows_are_cheap() -> None:
     assert bridges([0, 2, 5], EDGE) == [1, 3, 4]
     assert bridges([0, 2, 5], LINEAR) == []
     assert bridges([0, 30], EDGE) == []  # thirty rows for nothing are dearer than a second pass
+
+
+def slow_passes(rows: dict[int, int]) -> list[int]:
+    """Row by row: a pass grows by a row of each sequence of its run for as long as all of them have one."""
+    left, found = dict(rows), list[int]()
+    while any(left.values()):
+        first = min(number for number, n in left.items() if n)
+        run = [first]
+        while left.get(run[-1] + 1):
+            run.append(run[-1] + 1)
+        found.append(0)
+        while all(left[number] for number in run):
+            found[-1] += len(run)
+            for number in run:
+                left[number] -= 1
+    return found
+
+
+ROWS = st.dictionaries(st.integers(0, 9), st.integers(1, 7), min_size=1, max_size=6)
+
+
+@given(ROWS)
+def test_a_batch_goes_through_in_rectangles(rows: dict[int, int]) -> None:
+    assert passes_of(rows) == slow_passes(rows)
+    assert sum(passes_of(rows)) == sum(rows.values())
+
+
+@given(ROWS, costs, st.integers(10, 80), st.data())
+def test_padding_never_costs_more_nor_takes_rows_away(
+    rows: dict[int, int], cost: tuple[float, ...], n_batch: int, data: st.DataObject
+) -> None:
+    width = data.draw(st.integers(1, max(rows.values())))
+    full = data.draw(st.sets(st.integers(0, 9)))  # sequences without room for more than they were asked
+
+    def fits(number: int, n: int) -> bool:
+        return number not in full or n <= rows.get(number, 0)
+
+    found = padded(rows, width, n_batch, cost, fits)
+    assert list(found) == sorted(found)
+    assert all(found[number] >= n for number, n in rows.items())
+    assert all(fits(number, n) for number, n in found.items())
+    assert found == rows or sum(found.values()) <= n_batch
+
+    def time_of(shape: dict[int, int]) -> float:
+        return sum(cost_of(cost, n) for n in passes_of(shape))
+
+    assert time_of(found) <= time_of(rows)
+
+
+def test_answers_of_unequal_length_are_filled_up_where_rows_are_cheap() -> None:
+    def shape(rows: dict[int, int], cost: Sequence[float], width: int) -> dict[int, int]:
+        return padded(rows, width, 64, cost, lambda _number, _n: True)
+
+    unequal = {0: 1, 1: 3, 2: 2, 3: 4}
+    assert shape(unequal, EDGE, 4) == dict.fromkeys(range(4), 4)
+    assert shape(unequal, LINEAR, 4) == unequal
+    assert shape({0: 2, 3: 2}, EDGE, 2) == dict.fromkeys(range(4), 2)
+    assert shape({0: 2, 2: 20}, EDGE, 2) == {0: 2, 2: 20}  # beside a prompt there is no gap worth filling
+    assert shape({0: 1, 1: 3, 2: 20}, EDGE, 3) == {0: 3, 1: 3, 2: 20}
 
 
 def test_the_cost_of_more_rows_than_were_measured_is_in_proportion() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.batching.pool import WORTH_KEEPING, Place, SequencePool, common_prefix
+from edge_runtime.batching.pool import WORTH_KEEPING, Place, SequencePool
+from edge_runtime.prefix import common_prefix
 
 SYSTEM = list(range(100, 100 + 2 * WORTH_KEEPING))
 

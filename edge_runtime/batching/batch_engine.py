@@ -1,11 +1,8 @@
 """Several conversations in one model: each step is one batch of a token of every answer and a piece of every prompt.
 
-    submit ──► waiting ──► a sequence of the KV cache ──► step, step, … ──► Token, Token, …, Finished
-                              (pool.py)                   (plan.py)
-
 Full depth, lossless: with the edge kernels, whose sums for a token do not depend on the tokens beside it, every request
-gets the very tokens that it would get alone. Text is nobody's business here, and neither are queues, their bounds and
-threads: one thread owns an engine and calls it.
+gets the very tokens that it would get alone. With `theta`, drafts that full depth puts second and nearly first stand,
+too (mode margin); then it matters which drafts were made, and that depends on the company.
 
 What a sequence of the KV cache surely holds is noted only after it was computed, and everything behind that is removed
 before the next batch. So whatever is interrupted or fails, the next step computes from there.
@@ -14,38 +11,20 @@ before the next batch. So whatever is interrupted or fails, the next step comput
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from ..errors import EdgeError, UsageError
 from ..native import ContextOptions, Model
 from ..native.interrupt import interrupt_deferred
-from ..slices import close_slices, open_slices
-from ..summary import Finish
+from ..ngram import NGrams
+from ..sampling import is_close_second
+from ..types import EngineSettings, Floats, Mode
+from .conversations import Conversations, sequence_of
 from .plan import CompanyCosts, best_width, bridges, prompt_shares
-from .pool import KvSequence, SequencePool
-from .request import Event, Failed, Finished, Question, Request, Token
-
-
-@dataclass(slots=True)
-class BatchStats:
-    """Counts of all requests since the engine was opened; it adds, readers only read."""
-
-    submitted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0  # of requests that got a place
-    reused_tokens: int = 0  # … held by the KV cache
-    published: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    batches: int = 0
-    rows: int = 0  # tokens computed in them
-    padding: int = 0  # … for nothing but the shape of the batch
-    copied: int = 0  # beginnings copied from another conversation
-    evicted: int = 0  # conversations given up for another
+from .pool import KvSequence
+from .request import Request, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +39,8 @@ class _Part:
     drafts: Sequence[int] = ()
 
 
-class BatchEngine:
-    """Answers up to `options.n_seq_max` requests at once. Not thread-safe: one thread calls it."""
+class BatchEngine(Conversations):
+    """Full depth, with n-gram drafts where they pay."""
 
     def __init__(
         self,
@@ -70,123 +49,36 @@ class BatchEngine:
         costs: Sequence[float] = (1.0,),
         *,
         boundaries: tuple[int, ...] = (),
+        theta: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Open slices of `model`; the context is shared out evenly among the conversations.
 
         `costs` c(1), c(2), … of batches in batches of one decide on drafts; a batch with drafts has no more rows than
         these. They are read anew in each step. `options.n_batch` bounds a batch, and so how long a prompt holds up the
-        answers beside it. Raises UsageError, MemoryLimitError or LibraryError.
+        answers beside it. `theta` makes it mode margin: a draft that is full depth's second choice and more than
+        `theta` times as likely as its first is taken. Raises UsageError, MemoryLimitError or LibraryError.
         """
-        n = options.n_seq_max
-        self.n_ctx = options.n_ctx // n  # of each conversation
-        if self.n_ctx < 2:
-            raise UsageError(
-                f"a context of {options.n_ctx} tokens is too small for {n} conversations",
-                "give a larger context, or fewer conversations",
-            )
-        if min(options.n_batch, options.n_ctx) < n:
-            raise UsageError(
-                f"a batch of {options.n_batch} has no room for a token of each of {n} conversations",
-                f"allow batches of {n} or more",
-            )
         if not costs:
             raise UsageError("nothing is known of what a batch costs", "give at least the cost of a batch of one, 1")
-        options = replace(options, kv_unified=False)
-        self._n_vocab = model.n_vocab
-        self.slices = open_slices(model, boundaries, options, n_outputs_max=max(n, min(len(costs), options.n_batch)))
+        self._theta = None if theta is None else EngineSettings(Mode.MARGIN, theta=theta).theta
+        n_outputs = max(options.n_seq_max, min(len(costs), options.n_batch))
+        super().__init__(model, options, boundaries, 1, n_outputs, clock)
         first, *rest = self.slices
         self._route = first.route_to(rest) if rest else None
-        self._n_batch = first.n_batch
         self._costs, self._company = costs, CompanyCosts(costs)
-        self._clock = clock
-        self.pool = SequencePool(n)
-        self.stats = BatchStats()
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._events: list[Event] = []
 
-    # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _start(self, request: Request, sequence: KvSequence) -> None:
+        super()._start(request, sequence)
+        if request.question.drafts and len(self._company) > 1:
+            request.source = NGrams(self._company)
 
-    def submit(self, question: Question) -> Request:
-        """Take in a request; it gets a place in a step, as soon as there is one, first come, first served.
+    # ── plan → decode → publish ─────────────────────────────────────────────────────────────────────────────────────
 
-        Raises PromptError or UsageError for what cannot be answered.
-        """
-        question.check(self.n_ctx, self._n_vocab)
-        request = Request(question, self._clock())
-        self._waiting.append(request)
-        self.stats.submitted += 1
-        return request
-
-    def cancel(self, request: Request) -> None:
-        """End a request now, wherever it is; the next step tells so. Nothing happens if it has ended."""
-        if not request.ended:
-            self.stats.cancelled += 1
-            self._end(request, Finished(request, Finish.INTERRUPTED))
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another request would get a place at once."""
-        return self.pool.n_free > len(self._waiting)
-
-    @property
-    def n_waiting(self) -> int:
-        """Requests without a place."""
-        return len(self._waiting)
-
-    @property
-    def idle(self) -> bool:
-        """Whether a step would do nothing and tell nothing."""
-        return not (self._waiting or self._running or self._events)
-
-    # ── step: plan → decode → publish ───────────────────────────────────────────────────────────────────────────────
-
-    def step(self) -> list[Event]:
-        """Compute one batch; what has happened since the step before, in order.
-
-        What fails a request ends that request and no other. An exception that is none's (Ctrl-C) loses nothing: the
-        next step tells what was published before it.
-        """
-        with interrupt_deferred():
-            self._start_waiting()
+    def _advance(self) -> None:
         parts = self._plan()
         if parts:
             self._run(parts)
-        events, self._events = self._events, []
-        return events
-
-    def _start_waiting(self) -> None:
-        """Give places to those who wait, as far as there are any."""
-        while self._waiting:
-            request = self._waiting[0]
-            place = self.pool.find(request.tokens)
-            if place is None:
-                return
-            sequence = place.sequence
-            try:
-                if place.source is not None:
-                    self._copy(place.source, sequence)
-                sequence.keep(place.n_shared)
-                request.start(sequence, self._n_vocab, self._company, self._clock())
-            except Exception as error:
-                self._fail(request, error)
-                continue
-            self._waiting.popleft()
-            self.pool.take(sequence)
-            self._running.append(request)
-            self.stats.prompt_tokens += len(request.tokens)
-            self.stats.reused_tokens += place.n_shared
-            self.stats.copied += place.source is not None
-            self.stats.evicted += place.evicted
-
-    def _copy(self, source: KvSequence, target: KvSequence) -> None:
-        """All that the source's sequence has, which may be more than it is known to hold."""
-        target.keep(0)
-        target.dirty = True
-        for piece in self.slices:
-            piece.copy_sequence(source.number, target.number)
-        target.held = list(source.held)
 
     def _plan(self) -> list[_Part]:
         """The next batch, in the order of the sequences' numbers; empty if nobody has a place."""
@@ -204,8 +96,8 @@ class BatchEngine:
 
     def _bridges(self, answers: Sequence[Request], prompts: Sequence[Request]) -> list[KvSequence]:
         """Idle sequences that get a row for nothing, so that the answers go through the weights together."""
-        taken = {_sequence(request).number for request in prompts}
-        found = bridges(sorted(_sequence(request).number for request in answers), self._costs)
+        taken = {sequence_of(request).number for request in prompts}
+        found = bridges(sorted(sequence_of(request).number for request in answers), self._costs)
         idle = [self.pool.sequences[number] for number in found if number not in taken]
         return [sequence for sequence in idle if len(sequence.held) < self.n_ctx]
 
@@ -218,7 +110,7 @@ class BatchEngine:
         return width, [tokens[: width - 1] for tokens, _ in found]
 
     def _answer_part(self, request: Request, width: int, drafts: Sequence[int]) -> _Part:
-        sequence = _sequence(request)
+        sequence = sequence_of(request)
         tokens = [request.tokens[-1], *drafts]
         padding = self._padding(sequence, width)[len(tokens) :]
         return _Part(sequence, tokens + padding, request, 1, range(len(tokens)), drafts)
@@ -242,13 +134,8 @@ class BatchEngine:
         now, row = self._clock(), 0
         with interrupt_deferred():
             for part in parts:
-                if part.request is not None and not part.request.ended:
-                    try:
-                        self._publish(part, part.request, row, now)
-                    except BaseException as error:  # the request's own callbacks, or its sampler
-                        self._fail(part.request, error)
-                        if not isinstance(error, Exception):
-                            raise
+                if part.request is not None:
+                    self._guarded(part.request, partial(self._take, part, part.request, row, now))
                 row += len(part.tokens)
 
     def _decode(self, parts: Sequence[_Part]) -> None:
@@ -271,18 +158,20 @@ class BatchEngine:
         self.stats.rows += len(tokens)
         self.stats.padding += sum(len(p.tokens) - p.n_text - len(p.drafts) for p in parts)
 
-    def _publish(self, part: _Part, request: Request, first_row: int, now: float) -> None:
+    def _take(self, part: _Part, request: Request, first_row: int, now: float) -> None:
         """Take what full depth says: the next token, and as many more as confirm drafts."""
         sequence, n_right, finish = part.sequence, part.n_text, None
         for i, row in enumerate(part.want):
             assert request.sampler is not None
-            token = request.sampler.sample(self.slices[-1].logits(first_row + row))
-            request.publish(token, now)
-            self._events.append(Token(request, token, len(request.tokens) - 1))
-            self.stats.published += 1
-            accepted = i < len(part.drafts) and token == part.drafts[i]
+            logits = self.slices[-1].logits(first_row + row)
+            token = request.sampler.sample(logits)
+            draft = part.drafts[i] if i < len(part.drafts) else None
+            relaxed = draft is not None and draft != token and self._is_undecided(logits, draft)
+            if draft is not None and relaxed:
+                token = draft
+            accepted = token == draft
             n_right += accepted
-            finish = request.finish_after(token, self.n_ctx)
+            finish = self._publish(Token(request, token, len(request.tokens), self._n_layer, relaxed=relaxed), now)
             if finish or request.ended or not accepted:
                 break
         n_held = len(sequence.held)
@@ -291,48 +180,14 @@ class BatchEngine:
         for stats in (self.stats, request.stats):
             stats.drafted += len(part.drafts)
             stats.accepted += n_right - part.n_text
-        if finish and not request.ended:
-            self.stats.finished += 1
-            self._end(request, Finished(request, finish))
+        self._finish(request, finish)
 
-    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        if not request.ended:
-            self.stats.failed += 1
-            self._end(request, Failed(request, error))
-
-    def _end(self, request: Request, event: Event) -> None:
-        """Its sequence is free again, and keeps what it holds."""
-        request.ended = True
-        request.close()
-        if request in self._running:
-            self._running.remove(request)
-            self.pool.release(_sequence(request))
-        else:
-            self._waiting.remove(request)
-        self._events.append(event)
-
-    def close(self) -> None:
-        """Close slices and samplers; requests that have not ended never will."""
-        for request in self._running:
-            request.close()
-        close_slices(self.slices)
-
-    def __enter__(self) -> BatchEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _sequence(request: Request) -> KvSequence:
-    assert request.sequence is not None
-    return request.sequence
+    def _is_undecided(self, logits: Floats, draft: int) -> bool:
+        return self._theta is not None and is_close_second(logits, draft, self._theta)
 
 
 def _prompt_part(request: Request, n_rows: int) -> _Part:
-    sequence = _sequence(request)
+    sequence = sequence_of(request)
     n_held = len(sequence.held)
     tokens = request.tokens[n_held : n_held + n_rows]
     whole = n_rows == request.n_due

@@ -7,8 +7,8 @@ passes. So rows are worth their cost only where a pass is a rectangle without ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count, pairwise, takewhile
 from typing import overload
 
 from ..ngram import GAIN
@@ -99,3 +99,45 @@ class CompanyCosts(Sequence[float]):
 
     def __len__(self) -> int:
         return max(1, len(self._costs) // self.n_sequences)
+
+
+def passes(rows: Mapping[int, int]) -> list[int]:
+    """Rows of each pass that llama.cpp makes of a batch with `rows[number]` ≥ 1 rows of some sequences."""
+    left = dict(sorted(rows.items()))
+    found: list[int] = []
+    while left:
+        first = next(iter(left))
+        together = list(takewhile(lambda number: number in left, count(first)))
+        width = min(left[number] for number in together)
+        found.append(width * len(together))
+        for number in together:
+            left[number] -= width
+            if not left[number]:
+                del left[number]
+    return found
+
+
+def padded(
+    rows: Mapping[int, int], width: int, n_batch: int, costs: Sequence[float], fits: Callable[[int, int], bool]
+) -> dict[int, int]:
+    """Rows of each sequence in a batch, by number, padding included, so that what `rows` asks for takes least time.
+
+    Either nothing is padded, or all that have fewer rows than `width`, or the sequences between them, too, which
+    `rows` does not name. `fits(number, n)` says whether a sequence has room for n rows.
+    """
+    asked = dict(sorted(rows.items()))
+    if len(asked) == 1:
+        return asked
+    wide = {number: max(n, width) for number, n in asked.items()}
+    bridged = {number: wide.get(number, width) for number in range(min(asked), max(asked) + 1)}
+    best, best_cost = asked, _time_of(asked, costs)
+    for shape in (wide, bridged):
+        if sum(shape.values()) <= n_batch and all(fits(number, n) for number, n in shape.items()):
+            cost = _time_of(shape, costs)
+            if cost < best_cost:
+                best, best_cost = shape, cost
+    return best
+
+
+def _time_of(rows: Mapping[int, int], costs: Sequence[float]) -> float:
+    return sum(cost_of(costs, n) for n in passes(rows))

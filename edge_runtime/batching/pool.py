@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..prefix import common_prefix
+
 # A beginning of so many tokens is sooner copied than computed, and an end of fewer is no loss to anybody
 WORTH_KEEPING = 32
 
@@ -82,9 +84,3 @@ class SequencePool:
         self._n_uses += 1
         sequence.last_used = self._n_uses
         sequence.busy = False
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts share from their beginning."""
-    shortest = min(len(a), len(b))
-    return next((i for i in range(shortest) if a[i] != b[i]), shortest)

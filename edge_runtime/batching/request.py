@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from ..errors import PromptError, UsageError
 from ..ngram import NGrams
 from ..sampling import Sampler
 from ..summary import Clock, Finish
-from ..types import SamplingSettings
+from ..types import Audit, SamplingSettings
 from .pool import KvSequence
 
 
@@ -24,8 +24,9 @@ class Question:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     ends: Callable[[int], bool] = lambda _token: False  # whether a token ends the turn; it is published
     stops: Callable[[int], bool] = lambda _token: False  # told each published token that does not; True: enough
-    drafts: bool = True  # n-gram drafts, where they pay
+    drafts: bool = True  # n-gram drafts, where the engine makes them and they pay
     sampler: Callable[[], Sampler] | None = None  # makes a sampler of its own, which `close`s with the request
+    exits: bool = True  # tokens may leave early, where there are boundaries; False: all logits are full depth's
 
     def check(self, n_ctx: int, n_vocab: int) -> None:
         """Raise PromptError or UsageError for what cannot be answered in a context of `n_ctx` tokens."""
@@ -54,6 +55,11 @@ class RequestStats:
     started_s: float | None = None  # when it got its place, on the clock's clock
     drafted: int = 0
     accepted: int = 0
+    relaxed: int = 0  # … although full depth chose another token
+    exits: int = 0  # published tokens that left early
+    audited: int = 0  # … compared with full depth later; those that still wait at the end never are
+    disagreed: int = 0
+    by_depth: dict[int, int] = field(default_factory=dict)  # published tokens by depth in layers
 
     @property
     def generated_tokens(self) -> int:
@@ -88,13 +94,11 @@ class Request:
         assert self.sequence is not None
         return len(self.tokens) - len(self.sequence.held)
 
-    def start(self, sequence: KvSequence, n_vocab: int, costs: Sequence[float], now: float) -> None:
+    def start(self, sequence: KvSequence, n_vocab: int, now: float) -> None:
         """Go on in `sequence`, which holds the beginning of the prompt."""
         question = self.question
         self.sampler = question.sampler() if question.sampler else Sampler(question.sampling, n_vocab)
         self.sampler.rewind(self.tokens)
-        if self.question.drafts and len(costs) > 1:
-            self.source = NGrams(costs)
         self.sequence = sequence
         self.stats.reused_tokens, self.stats.started_s = len(sequence.held), now
 
@@ -145,6 +149,10 @@ class Token:
     request: Request
     token: int
     position: int  # in the text: the first of an answer stands right behind the prompt
+    depth: int  # layers behind it; all of the model's where full depth chose or confirmed it
+    boundary: int | None = None  # layer after which it left early; None: it did not
+    relaxed: bool = False  # a draft that full depth put second, and nearly first
+    audits: tuple[Audit, ...] = ()  # earlier exits of the request that were compared with full depth now
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ def _write_metadata(writer: object, shape: HeadShape) -> None:
 
 
 class HeadContext:
-    """A head, loaded and ready to follow one text."""
+    """A head, loaded and ready to follow one text, or several, each in a sequence of its own."""
 
     def __init__(
         self,
@@ -199,14 +199,23 @@ class HeadContext:
         n_batch: int = 32,
         n_outputs_max: int = 1,
         kernels: str = "stock",
+        n_sequences: int = 1,
     ) -> None:
-        """`n_outputs_max` rows of logits can be asked of one batch; 0 threads: all physical cores.
+        """`n_ctx` positions of each sequence. `n_outputs_max` rows of logits can be asked of one batch.
+
+        0 threads: all physical cores.
 
         Raises a ModelError, MemoryLimitError or LibraryError if it cannot be opened.
         """
         self._model = Model(str(path), kernels=kernels)
         try:
-            options = ContextOptions(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads or default_threads())
+            options = ContextOptions(
+                n_ctx=n_sequences * n_ctx,
+                n_batch=n_batch,
+                n_seq_max=n_sequences,
+                n_threads=n_threads or default_threads(),
+                kv_unified=n_sequences == 1,
+            )
             self._context = Context(self._model, 0, 1, options, n_outputs_max=n_outputs_max)
         except BaseException:
             self._model.close()
@@ -215,9 +224,19 @@ class HeadContext:
         self.n_outputs_max = self._context.n_outputs_max
         self.n_rows, self.n_embd = self._model.n_vocab, self._context.n_embd
 
-    def decode(self, states: Floats, first_pos: int, want: Sequence[int] = ()) -> None:
-        """Run states (n, n_embd) of positions first_pos…, at most `n_batch`; rows in `want` get logits."""
-        self._context.decode_states(states, first_pos, want)
+    def decode(
+        self,
+        states: Floats,
+        first_pos: int,
+        want: Sequence[int] = (),
+        sequences: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        """Run states (n, n_embd) of positions first_pos…, at most `n_batch`; rows in `want` get logits.
+
+        Their `sequences` and `positions` can be given row by row, in order of both; else it is sequence 0.
+        """
+        self._context.decode_states(states, first_pos, want, sequences, positions)
 
     def logits(self, row: int) -> Floats:
         """Logits (n_rows,) of a wanted row; a view, valid until the next decode."""
@@ -226,9 +245,13 @@ class HeadContext:
     def set_threads(self, n_threads: int) -> None:
         self._context.set_threads(n_threads)
 
-    def forget(self, position: int) -> None:
+    def forget(self, position: int, sequence: int = 0) -> None:
         """Remove `position` and all later ones."""
-        self._context.remove(position)
+        self._context.remove(position, sequence)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let an empty sequence hold what another one does."""
+        self._context.copy_sequence(source, target)
 
     def close(self) -> None:
         self._context.close()
