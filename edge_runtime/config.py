@@ -30,7 +30,9 @@ class ModelConfig:
 
     name: str = DEMO_MODEL  # name or path of a GGUF model
     mode: str = "auto"  # or one of types.Mode
-    pack: str | None = None  # name or path of an exit pack
+    pack: str | None = None  # name or path of an exit pack, for mode exit
+    max_disagreement: float | None = None  # mode exit: certified by the pack; None: what the target allows
+    audit_rate: float = 0.1  # of exits, at least
     ctx: int = 0  # tokens; 0: 2048 at most
     threads: int = 0  # 0: one per physical core
     kv_type: str = "f16"
@@ -56,6 +58,7 @@ class LimitsConfig:
     max_tokens: int = 1024  # of one answer
     queue_length: int = 16  # requests that may wait
     deadline_s: float | None = 300.0  # for one request; None: none
+    stall_s: float | None = 60.0  # that a client may take nothing of its answer; None: for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,13 @@ def _number_or_none(low: float, high: float) -> Kind:
     return Kind(
         f"a number from {low:g} to {high:g}, or 0 for none", fits, lambda value, _place: float(value) or None, float
     )
+
+
+def _number(low: float, high: float) -> Kind:
+    def fits(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind(f"a number from {low:g} to {high:g}", fits, lambda value, _place: float(value), float)
 
 
 def _choice(*names: str) -> Kind:
@@ -215,6 +225,8 @@ KEYS = (
     Key("model", "name", _NAMED, "MODEL"),
     Key("model", "mode", _choice("auto", "full", "exit", "verified", "margin")),
     Key("model", "pack", _NAMED_OR_NONE),
+    Key("model", "max_disagreement", _number_or_none(0.0001, 0.9999)),
+    Key("model", "audit_rate", _number(0, 1)),
     Key("model", "ctx", _whole(0, 2**31 - 1)),
     Key("model", "threads", _whole(0, 512)),
     Key("model", "kv_type", _choice("f16", "f32", "q8_0")),
@@ -228,6 +240,7 @@ KEYS = (
     Key("limits", "max_tokens", _whole(1, 2**31 - 1), restart=False),
     Key("limits", "queue_length", _whole(0, 65536), restart=False),
     Key("limits", "deadline_s", _number_or_none(0.1, 86400), restart=False),
+    Key("limits", "stall_s", _number_or_none(0.1, 86400), restart=False),
     Key("device", "profile", _NAMED_OR_NONE, "DEVICE"),
     Key("device", "target", _choice(NO_TARGET, *TARGET_NAMES), restart=False),
     Key("device", "power_cap_w", _number_or_none(0.1, 2000), restart=False),

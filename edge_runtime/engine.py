@@ -141,7 +141,7 @@ class Engine:
             self.sampler.accept(token)
 
     def adopt(self, other: Engine) -> None:
-        """Go on where another engine with the same sampler stopped, by its text and counts; the next step computes all."""
+        """Go on where another engine with the same sampler stopped; the next step computes all of its text."""
         self.tokens, self.stats, self._audits = list(other.tokens), other.stats, other._audits
         self.sampler.rewind(self.tokens)
 

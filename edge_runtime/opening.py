@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from .batch_costs import BatchCosts, CostKey, kept_batch_costs, measurable_sizes, measure_batch_costs
 from .draft import DraftSource
@@ -15,6 +16,8 @@ from .ngram import NGrams
 from .resolve import RunOptions, context_options, n_outputs, shared_head
 from .slices import Slice
 from .types import Mode
+
+_Heads = TypeVar("_Heads")
 
 Measured = MutableMapping[tuple[CostKey, tuple[int, ...]], BatchCosts]
 
@@ -41,9 +44,21 @@ def draft_source(
         return NGrams(costs)
     if options.head != "pack" or pack is None:
         return shared_head(options, pack)
+    return pack_heads(PackHeads, model, options, pack, files)
+
+
+def pack_heads(
+    kind: Callable[..., _Heads],
+    model: Model,
+    options: RunOptions,
+    pack: ExitPack,
+    files: Mapping[int, Path],
+    n_sequences: int = 1,
+) -> _Heads:
+    """A pack's heads at the boundaries of resolved `options`, as PackHeads or BatchHeads. Raises as they do."""
     layers = options.boundaries or ()
     places = [pack.boundaries.index(layer) for layer in layers]
-    return PackHeads(
+    return kind(
         [files[layer] for layer in layers],
         layers,
         pack.shortlist,
@@ -55,6 +70,7 @@ def draft_source(
         n_ctx=options.n_ctx,
         n_threads=options.n_threads,
         kernels=model.kernels,
+        n_sequences=n_sequences,
     )
 
 

@@ -282,7 +282,7 @@ class Pilot:
         self._audit_rate = 1.0  # before the first decision nothing is audited
         self._engine = controls.engine
         self._since_s = self._token_s = 0.0
-        self._n_tokens = 0
+        self._n_tokens = 0.0
         self._prompt = True  # its first token is still to come
         self._counted = controls.stats
         self._seen = copy_stats(controls.stats)
@@ -292,10 +292,16 @@ class Pilot:
         self._decide(None)
         self._prompt = True
 
-    def token(self) -> None:
+    @property
+    def rung(self) -> Rung | None:
+        """The setting in force; None before the first decision."""
+        return self._rung
+
+    def token(self, count: float = 1.0) -> None:
         """After each token: rest, if that is the rung, and decide anew when it is time.
 
-        The first one came with the prompt, whose time says nothing of a token's and is not rested for.
+        The first one came with the prompt, whose time says nothing of a token's and is not rested for. Where several
+        answers are written together, `count` is how many tokens each of them got, on average.
         """
         if self._rung is not None and self._controls.engine is not self._engine:
             self._apply(self._rung)
@@ -306,7 +312,7 @@ class Pilot:
             if self._disagreed():
                 self._decide(None)
             return
-        self._n_tokens += 1
+        self._n_tokens += count
         if self._rung is not None and self._rung.rest:
             self._sleep((self._now() - self._token_s) * self._rung.rest / (1 - self._rung.rest))
         passed_s = self._now() - self._since_s
@@ -334,7 +340,7 @@ class Pilot:
         if decision.audit_rate != self._audit_rate or self._rung is None:
             self._controls.set_audit_rate(decision.audit_rate)
         self._audit_rate, self._rung = decision.audit_rate, decision.rung
-        self._since_s, self._n_tokens = now_s, 0
+        self._since_s, self._n_tokens = now_s, 0.0
 
     def _counts(self) -> AuditCounts:
         """What happened since the last decision.

@@ -15,6 +15,8 @@ Examples:
   edge-run serve
   edge-run serve --model ./model.gguf --port 9090 --max-conversations 8
   edge-run serve --host 0.0.0.0 --api-key-file ~/.config/edge-runtime/key
+  edge-run serve --mode exit --pack smollm2-135m --max-disagreement 0.02
+  edge-run serve --device pi5 --target quiet --power-cap 6
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
 
@@ -31,8 +33,16 @@ _HINT = "pip install 'edge-runtime[serve]'"
 def serve(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Name or path of a GGUF model.")] = None,
     mode: Annotated[
-        Literal["auto", "full", "verified"] | None,
-        typer.Option(help="auto and verified: drafts from the text where they pay. full: none. The text is the same."),
+        Literal["auto", "full", "verified", "margin", "exit"] | None,
+        typer.Option(
+            help="auto and verified: drafts from the text where they pay. full: none. The text is the same. margin: "
+            "drafts that full depth finds nearly as likely are taken. exit: tokens leave early."
+        ),
+    ] = None,
+    pack: Annotated[str | None, typer.Option(help="Mode exit: name or path of an exit pack.", metavar="PACK")] = None,
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(help="Mode exit: share of exits that may differ from full depth, certified.", metavar="SHARE"),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = None,
@@ -50,6 +60,16 @@ def serve(
     ctx: Annotated[int | None, typer.Option(min=0, help="Tokens of each conversation.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, max=512, help="CPU threads; 0: all physical cores.")] = None,
     device: Annotated[str | None, typer.Option(help="Device profile: a name, or a .toml file.")] = None,
+    target: Annotated[
+        Literal["none", "battery", "quiet", "balanced", "fast"] | None,
+        typer.Option(help="Hold the profile's targets of this name."),
+    ] = None,
+    power_cap: Annotated[
+        float | None, typer.Option(help="Hold the board's power at or below this; 0: none.", metavar="WATT")
+    ] = None,
+    temp_ceiling: Annotated[
+        float | None, typer.Option(help="Hold the temperature at or below this; 0: none.", metavar="CELSIUS")
+    ] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"] | None, typer.Option()] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Read this file instead of the two.", metavar="FILE")
@@ -64,6 +84,8 @@ def serve(
     given = {
         "model.name": model,
         "model.mode": mode,
+        "model.pack": pack,
+        "model.max_disagreement": max_disagreement,
         "model.ctx": ctx,
         "model.threads": threads,
         "server.host": host,
@@ -74,6 +96,9 @@ def serve(
         "limits.queue_length": queue_length,
         "limits.deadline_s": deadline,
         "device.profile": device,
+        "device.target": target,
+        "device.power_cap_w": power_cap,
+        "device.temp_ceiling_c": temp_ceiling,
         "service.log_level": log_level,
     }
     sources = standard_sources(given, None if config is None else (config,))

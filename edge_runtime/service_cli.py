@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .service.systemctl import ServiceStatus, Systemctl
 
 NOT_ACTIVE = 3  # exit code of `status`, as systemctl's
+_OUR_UNITS = "'edge-runtime.*'"  # for a shell: the service, and its socket where there is one
 
 service_app = typer.Typer(
     help="Run the server in the background, under systemd.",
@@ -130,7 +131,9 @@ Examples:
   edge-run service status --user --json | jq .memory_bytes
 
 \b
-Exit code 0 if it runs, 3 if it does not, 1 if it is not installed or systemd is not there.""",
+Exit code 0 if it runs, 3 if it does not, 1 if it is not installed or systemd is not there. A wrong configuration is not
+tried again, and after five failures within ten minutes nothing is: mend it, then `systemctl reset-failed
+'edge-runtime.*'` and start it, or install it again with --now, which does both.""",
 )
 def status_verb(user: UserOption = None, as_json: JsonOption = False) -> None:
     """Show whether the service runs, what it said last, its watchdog and its memory."""
@@ -178,6 +181,7 @@ def install(request: Install, manager: Systemctl) -> None:
         manager.must("daemon-reload")
     if request.now:
         manager.must("enable", *names)
+        manager.reset_failed(*names)
         # a large model takes its time, and `status` tells of it
         manager.must("restart", "--no-block", *names)
     for line in next_steps(request, manager, names):
@@ -259,12 +263,11 @@ def unit_folder(user: bool, root: Path | None, environment: Mapping[str, str]) -
 def next_steps(request: Install, manager: Systemctl, names: list[str]) -> list[str]:
     """What to type next."""
     sudo = "" if request.user else "sudo "
-    of_user = "--user " if request.user else ""
     if request.root is not None:
         return [f"next: systemctl --root={request.root} {'--global ' if request.user else ''}enable {' '.join(names)}"]
     lines = [] if request.now else [f"next: {sudo}{manager.words('enable', '--now', *names)}"]
     lines.append(f"then: edge-run service status {'--user' if request.user else '--system'}")
-    lines.append(f"its log: {sudo}journalctl {of_user}-u {names[0]}")
+    lines.append(_log_of(names[0], user=request.user))
     if request.user:
         lines.append("to keep it running while you are not logged in: loginctl enable-linger")
     return lines
@@ -314,7 +317,22 @@ def status(manager: Systemctl, *, as_json: bool) -> bool:
     else:
         for line in status_lines(found):
             print(display.harmless(line))
+        if found.state == "failed":
+            print("\n".join(after_failure(manager)))
     return found.active
+
+
+def after_failure(manager: Systemctl) -> list[str]:
+    """What to type once a service has failed, perhaps so often that systemd would start it no more."""
+    from .service.unit import SERVICE
+
+    sudo = "" if manager.user else "sudo "
+    again = f"{sudo}{manager.words('reset-failed', _OUR_UNITS)} && {sudo}{manager.words('start', SERVICE)}"
+    return [_log_of(SERVICE, user=manager.user), f"once that is mended: {again}"]
+
+
+def _log_of(unit: str, *, user: bool) -> str:
+    return f"its log: {'' if user else 'sudo '}journalctl {'--user ' if user else ''}-u {unit}"
 
 
 def status_lines(found: ServiceStatus) -> list[str]:

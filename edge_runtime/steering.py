@@ -165,8 +165,8 @@ def steering(
 ) -> Iterator[Pilot]:
     """Settings are chosen while inside, by what the running `sampler` reads; `say` gets what is to be explained.
 
-    `now` is the clock that its readings have. The caches of what is `steered` must be empty; it is left with the
-    settings chosen last. Raises UsageError if the log cannot be written.
+    `now` is the clock that its readings have. What is `steered` is left with the settings chosen last. Raises
+    UsageError if the log cannot be written.
     """
     start_s = now()
     with ExitStack() as opened:
@@ -175,7 +175,7 @@ def steering(
         if exits is not None:
             _tell_exits(plan, exits, say)
         gb_per_token = steered.file_bytes / 1e9
-        times = _token_times(steered, say, exits)
+        times = token_times(steered, say)
         ladder = run_ladder(times, plan.power, gb_per_token, steered.options.mode, exits)
         _tell_dropped(plan, ladder, say)
         targets = _answerable(plan, _first_reading(sampler, now), say)
@@ -219,7 +219,10 @@ class Steerable(Controls, Protocol):
 
     @property
     def slices(self) -> Sequence[Slice]:
-        """Those that are open, with empty caches."""
+        """Those that are open, with empty caches where `times` are not known."""
+
+    times: dict[int, TokenTimes] | None
+    """Of this run, by number of threads; None until they are looked up or measured."""
 
 
 class SteeredPlayer:
@@ -227,6 +230,7 @@ class SteeredPlayer:
 
     def __init__(self, player: Player, file_bytes: int) -> None:
         self._player, self.file_bytes, self.model = player, file_bytes, player.model
+        self.times: dict[int, TokenTimes] | None = None
 
     @property
     def options(self) -> RunOptions:
@@ -302,12 +306,15 @@ def _tell_dropped(plan: Plan, ladder: Ladder, say: Say) -> None:
                 say(f"control: '{dropped.rung.name}' is never used: {dropped.reason}")
 
 
-def _token_times(steered: Steerable, say: Say, exits: Exits | None) -> dict[int, TokenTimes]:
+def token_times(steered: Steerable, say: Say) -> dict[int, TokenTimes]:
     """Times with each number of threads up to the run's own; measured, if they never were."""
+    if steered.times is not None:
+        return steered.times
     options = steered.options
     most = options.n_threads or default_threads()
     counts = range(1, most + 1)
-    batch = 0 if exits is None else min(LATE_BATCH, exits.cap + 1, options.n_batch)
+    exits = options.mode is Mode.EXIT
+    batch = min(LATE_BATCH, engine_settings(options).cap + 1, options.n_batch) if exits else 0
     kept = Kept(
         "token-times",
         _FORMAT,
@@ -324,6 +331,7 @@ def _token_times(steered: Steerable, say: Say, exits: Exits | None) -> dict[int,
         times, steady = measure_token_times(steered.slices, counts, batch)
         if steady:
             kept.write(times_to_json(times))
+    steered.times = times
     return times
 
 

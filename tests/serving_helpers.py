@@ -13,15 +13,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.config import LimitsConfig
+from edge_runtime.exits.pack import ExitPack
 from edge_runtime.native import ContextOptions
-from edge_runtime.resolve import checked_header
+from edge_runtime.resolve import RunOptions, checked_header, resolve
+from edge_runtime.sensors.reading import Reading
+from edge_runtime.sensors.sampler import Sampler
 from edge_runtime.service.watchdog import Watchdog
 from edge_runtime.serving.app import Application
 from edge_runtime.serving.backend import Backend, Plan
@@ -30,6 +33,7 @@ from edge_runtime.serving.metrics import Metrics
 from edge_runtime.serving.moderation import Moderation
 from edge_runtime.serving.routes import Service
 from edge_runtime.serving.worker import EngineThread, Opened
+from edge_runtime.types import Mode
 
 from .cli_helpers import environment, program
 
@@ -78,14 +82,32 @@ class Gate:
             raise self.failure
 
 
+class FakeSampler:
+    """Stands for a sampler of sensors."""
+
+    def __init__(self) -> None:
+        self.latest: Reading | None = Reading(0.0)
+
+
 class Rig:
     """A service with a tiny model, whose engine stands behind a gate."""
 
-    def __init__(self, path: Path, limits: LimitsConfig = LIMITS, rules: Rules = OPEN, origins: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        path: Path,
+        limits: LimitsConfig = LIMITS,
+        rules: Rules = OPEN,
+        origins: tuple[str, ...] = (),
+        run: RunOptions | None = None,
+        pack: ExitPack | None = None,
+    ) -> None:
+        """`run` with `pack` is resolved here; None: n-gram drafts."""
         self.gate, self.metrics = Gate(), Metrics()
         self._changed = threading.Event()
         watchdog = Watchdog(lambda: None, 60.0)
-        self._path, self._limits = path, limits
+        self._path, self._limits, self._pack = path, limits, pack
+        self._run = run or RunOptions(mode=Mode.VERIFIED)
+        self.sampler = FakeSampler()
         self.thread = EngineThread(self._open, watchdog, self.metrics, limits.queue_length, self._changed.set)
         moderation = Moderation(lambda: None, watchdog, self.metrics, 1)
         self.service = Service(self.thread, self.metrics, moderation, limits)
@@ -96,7 +118,11 @@ class Rig:
     def _open(self) -> Opened:
         n = self._limits.max_conversations
         options = ContextOptions(n_ctx=512 * n, n_batch=64, n_threads=1, n_seq_max=n, flash_attention=True)
-        plan = Plan(checked_header(str(self._path)), MODEL, 512, options, True, "edge")
+        asked = replace(self._run, model=str(self._path), n_threads=1, n_batch=64, flash_attention=True)
+        header = checked_header(str(self._path))
+        plan = Plan(
+            header, MODEL, 512, options, resolve(asked, header, 512, self._pack, lambda _text: None), self._pack
+        )
         with mock.patch("edge_runtime.serving.backend.kept_batch_costs", return_value=COSTS):
             backend = self.service.backend = Backend(plan, lambda _text: None)
         self.engine = backend.engine
@@ -107,7 +133,9 @@ class Rig:
             return step()
 
         self.engine.step = gated  # type: ignore[method-assign]
-        return backend.opened()
+        self.metrics.exits = lambda: backend.exits
+        self.metrics.rung = lambda: None if self.thread.pilot is None else self.thread.pilot.rung
+        return backend.opened(cast(Sampler, self.sampler))
 
     def start(self) -> None:
         self.thread.start()

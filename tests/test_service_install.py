@@ -273,9 +273,10 @@ def test_install_writes_and_says_what_is_next(
 
 def test_install_now_starts_it(systemd: FakeSystemd, tmp_path: Path, program: Path) -> None:
     install(Install(user=True, command=program, now=True, socket=True), systemd.manager(tmp_path, user=True))
-    assert systemd.commands[-3:] == [
+    assert systemd.commands[-4:] == [
         "--user daemon-reload",
         "--user enable edge-runtime.service edge-runtime.socket",
+        "--user reset-failed edge-runtime.service edge-runtime.socket",
         "--user restart --no-block edge-runtime.service edge-runtime.socket",
     ]
 
@@ -451,7 +452,22 @@ def test_a_service_that_failed_says_how(
     assert capsys.readouterr().out.splitlines() == [
         "state: failed (failed), not enabled",
         "last end: watchdog, exit code 6; restarted 0 times",
+        "its log: sudo journalctl -u edge-runtime.service",
+        "once that is mended: sudo systemctl reset-failed 'edge-runtime.*' && "
+        "sudo systemctl start edge-runtime.service",
     ]
+    status(systemd.manager(tmp_path, user=True), as_json=False)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "its log: journalctl --user -u edge-runtime.service",
+        "once that is mended: systemctl --user reset-failed 'edge-runtime.*' && "
+        "systemctl --user start edge-runtime.service",
+    ]
+
+
+def test_earlier_failures_do_not_hinder_a_new_start(systemd: FakeSystemd, tmp_path: Path, program: Path) -> None:
+    systemd.answers["reset-failed"] = Done(1, "", "Unit edge-runtime.service not loaded.\n")
+    install(Install(user=True, command=program, now=True), systemd.manager(tmp_path, user=True))
+    assert systemd.commands[-1] == "--user restart --no-block edge-runtime.service"
 
 
 def test_what_is_not_there_is_said(systemd: FakeSystemd, tmp_path: Path) -> None:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edge_runtime.service.unit import SERVICE, SOCKET
+from edge_runtime.service_cli import NOT_ACTIVE
 
-from .live_systemd import LOG, UNITS, LiveSystemd, Unavailable, live_systemd
-from .serving_helpers import CHAT, NO_END
+from .live_systemd import LOG, UNITS, LiveSystemd, Unavailable, live_systemd, program
+from .service_live import CONFIG, ENDS, HELD, MODEL, STATE, TINY, Installed, User, asking
+from .serving_helpers import CHAT
 
-CONFIG = "/etc/edge-runtime/config.toml"
-MODEL = "/srv/tiny.gguf"
-STATE = "/var/lib/private/edge-runtime/serve.json"
-ENDS = "/run/ends"
-TINY = f'[model]\nname = "{MODEL}"\nthreads = 1\n'
-# what a test cannot wait for, and where it can look: the log, and how each run ended
-DROP_IN = f"""[Service]
-RestartSec=100ms
-StandardOutput=append:{LOG}
-StandardError=append:{LOG}
-ExecStopPost=+/bin/sh -c 'echo $SERVICE_RESULT $EXIT_CODE $EXIT_STATUS >> {ENDS}'
-"""
-# the server, stopped just before it begins
-HELD = """[Service]
-ExecStart=
-ExecStart=/bin/sh -c 'kill -STOP $$$$; exec {command}'
-"""
+WRONG = f"{TINY}[limits]\nmax_tokens = 'many'\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,71 +35,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory, tiny_path: Callable[..., P
         pytest.skip(str(reason))
 
 
-@dataclass
-class Installed:
-    """The service as installed, and a client of it."""
-
-    machine: LiveSystemd
-    key: str = ""
-
-    def __call__(self, config: str, *options: str, drop_in: str = "") -> Installed:
-        """Install it, with a configuration and nothing else of ours; it is not started."""
-        self.machine.write(CONFIG, config)
-        self.machine.edge_run("service", "install", *options)
-        self.drop_in("90-test.conf", DROP_IN + drop_in)
-        return self
-
-    def drop_in(self, name: str, text: str) -> None:
-        self.machine.write(UNITS / f"{SERVICE}.d" / name, text)
-        self.machine.systemctl("daemon-reload")
-
-    def start(self) -> Installed:
-        """Until it is ready."""
-        self.machine.systemctl("start", SERVICE)
-        return self
-
-    def states(self) -> list[str]:
-        return self.machine.show("ActiveState,SubState").splitlines()
-
-    def ends(self) -> list[str]:
-        """How each run ended: systemd's word for it, and the process's code."""
-        path = self.machine.path(ENDS)
-        return path.read_text().splitlines() if path.exists() else []
-
-    def status(self, path: str, body: Any = None) -> int:
-        """Of one request."""
-        connection = self.machine.connection()
-        try:
-            self.send(connection, path, body)
-            reply = connection.getresponse()
-            reply.read()
-            return reply.status
-        finally:
-            connection.close()
-
-    def chat(self, **fields: Any) -> int:
-        return self.status(CHAT, asking(**fields))
-
-    def send(self, connection: HTTPConnection, path: str, body: Any) -> None:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
-
-    def process(self, name: str) -> str:
-        """A line of its main process's /proc/…/status."""
-        text = self.machine.path(f"/proc/{self.machine.show('MainPID')}/status").read_text()
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(f"{name}:"))
-
-    def runs_after(self, pid: str) -> bool:
-        """Whether another process than `pid` serves."""
-        told = self.machine.show("ActiveState,MainPID").splitlines()
-        return "active" in told and not {pid, "0"} & set(told)
-
-
-def asking(**fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": "Hello"}]
-    return {"model": "tiny", "messages": messages, "max_tokens": 3, "logit_bias": NO_END, **fields}
-
-
 @pytest.fixture
 def install(machine: LiveSystemd) -> Iterator[Installed]:
     """Installs the service; nothing of it is left afterwards."""
@@ -124,6 +43,7 @@ def install(machine: LiveSystemd) -> Iterator[Installed]:
     machine.run("systemctl", "kill", "--signal=KILL", SERVICE)
     machine.run("systemctl", "stop", SOCKET, SERVICE)
     machine.run("systemctl", "reset-failed")
+    machine.run("systemctl", "disable", SOCKET, SERVICE)
     for name in (SERVICE, SOCKET, f"{SERVICE}.d"):
         path = machine.path(UNITS / name)
         if path.is_dir():
@@ -222,12 +142,35 @@ def test_a_server_that_hangs_is_ended_by_the_watchdog(install: Installed) -> Non
 
 def test_a_wrong_configuration_is_not_tried_again(install: Installed) -> None:
     machine, service = install.machine, install(TINY)
-    machine.write(CONFIG, f"{TINY}[limits]\nmax_tokens = 'many'\n")
+    machine.write(CONFIG, WRONG)
     assert machine.run("systemctl", "start", SERVICE).returncode == 1
     assert service.states() == ["failed", "failed"]
     assert service.ends() == ["exit-code exited 2"]
     assert machine.show("NRestarts") == "0"
     assert "max_tokens in [limits]" in machine.log()
+    shown = machine.run(program(), "service", "status")
+    assert shown.returncode == NOT_ACTIVE
+    told = shown.stdout.splitlines()
+    assert told[0] == "state: failed (failed), disabled"
+    assert "last end: exit-code, exit code 2; restarted 0 times" in told
+    machine.write(CONFIG, TINY)
+    machine.must("sh", "-c", told[-1].removeprefix("once that is mended: ").replace("sudo ", ""))
+    assert service.chat() == 200
+
+
+def test_after_too_many_failures_an_install_starts_it_again(install: Installed) -> None:
+    """The first client wakes it, and so does each try that follows, until systemd has enough of it."""
+    machine, service = install.machine, install(TINY, "--socket", drop_in="[Unit]\nStartLimitBurst=2\n")
+    machine.write(CONFIG, WRONG)
+    machine.systemctl("start", SOCKET)
+    client = machine.connection()
+    machine.until(lambda: machine.show("ActiveState", SOCKET) == "failed")
+    client.close()
+    machine.write(CONFIG, TINY)
+    assert machine.run("systemctl", "start", SERVICE).returncode == 1
+    machine.edge_run("service", "install", "--socket", "--now")
+    machine.until(lambda: machine.show("ActiveState") == "active")
+    assert service.chat() == 200
 
 
 # ── what the service may, and what it is given ──────────────────────────────────────────────────────────────────────
@@ -280,15 +223,49 @@ def test_systemd_opens_the_port(install: Installed) -> None:
     machine, service = install.machine, install(TINY, "--socket")
     machine.systemctl("start", SOCKET)
     assert service.states() == ["inactive", "dead"]
-    assert service.status("/ready") in (200, 503)  # the first client starts it, and may be told to come again
-    machine.until(lambda: machine.show("ActiveState") == "active")
-    assert service.chat() == 200
+    assert service.chat() == 200  # the first client starts it, and is answered once the model is loaded
     pid = machine.show("MainPID")
     assert os.readlink(machine.path(f"/proc/{pid}/ns/net")) != os.readlink(machine.path("/proc/1/ns/net"))
     machine.systemctl("kill", "--signal=KILL", SERVICE)
-    assert service.status("/ready") in (200, 503)  # nobody is turned away meanwhile
+    assert service.chat() == 200  # nobody is turned away meanwhile
     machine.until(lambda: service.runs_after(pid))
-    assert service.chat() == 200
+
+
+# ── its log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_journal_has_levels_and_no_prompts(install: Installed) -> None:
+    machine, secret = install.machine, "xylophone"
+    machine.systemctl("start", "systemd-journald.service")
+    config = f'{TINY}ctx = 4096\n[service]\nlog_level = "debug"\n'
+    service = install(config, drop_in="StandardOutput=journal\nStandardError=journal\n").start()
+    messages = [{"role": "user", "content": secret}]
+    assert service.chat(messages=messages) == 200
+    for wrong in ({"messages": secret}, {"messages": messages, secret: 1}, {"model": secret, "messages": messages}):
+        assert service.chat(**wrong) in (400, 404)
+    assert service.status(f"/{secret}?{secret}=1") == 404
+    machine.write(CONFIG, WRONG)
+    machine.systemctl("reload", SERVICE)
+
+    def entries() -> list[dict[str, str]]:
+        lines = machine.must("journalctl", f"--unit={SERVICE}", "--output=json", "_TRANSPORT=stdout").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def levels(words: str) -> list[str]:
+        return [entry["PRIORITY"] for entry in entries() if words in entry["MESSAGE"]]
+
+    machine.until(lambda: levels("the configuration stays as it was"))
+    assert levels("the configuration stays as it was") == ["3"]
+    assert levels("a context of 4096 tokens is more than ") == ["4"]
+    assert levels(f"POST {CHAT} 200 ") == ["6"]
+    machine.run("systemctl", "restart", SERVICE)
+    machine.until(lambda: levels("error: "))
+    assert set(levels("error: ") + levels("hint: ")) == {"3"}  # the last words of a start that failed
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in entries()} == {"edge-run"}
+    texts = [entry["MESSAGE"] for entry in entries()]
+    assert not any(text.startswith("<") for text in texts)
+    assert secret not in "\n".join(texts)
+    machine.systemctl("stop", "systemd-journald.socket", "systemd-journald.service")
 
 
 # ── install and uninstall ───────────────────────────────────────────────────────────────────────────────────────────
@@ -303,6 +280,64 @@ def test_with_no_model_configured_it_serves_the_demo_model(install: Installed) -
     machine.until(lambda: machine.show("ActiveState") == "active")
     assert machine.systemctl("is-enabled", SERVICE) == "enabled\n"
     assert install.chat(model="smollm2-135m") == 200
+    peak_kib, _unit = install.process("VmHWM").split()
+    assert int(peak_kib) * 1024 < int(machine.show("MemoryMax"))
     assert machine.edge_run("service", "uninstall").split() == [str(UNITS / SERVICE)]
     assert machine.show("LoadState") == "not-found"
     assert list(machine.path(UNITS).rglob("edge-runtime*")) == []
+
+
+def test_status_is_of_what_runs_now(install: Installed) -> None:
+    machine = install.machine
+    missing = machine.run(program(), "service", "status")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "edge-runtime.service is not installed" in missing.stderr
+    service = install(TINY)
+    stopped = machine.run(program(), "service", "status")
+    assert stopped.returncode == NOT_ACTIVE
+    assert stopped.stdout.startswith("state: inactive (dead), disabled\n")
+    service.start()
+    told = dict(line.split(": ", 1) for line in machine.edge_run("service", "status").splitlines())
+    assert told["state"].startswith("active (running) since ")
+    assert told["says"].startswith("tiny, auto, ")
+    assert told["process"] == machine.show("MainPID")
+    pid = machine.show("MainPID")
+    machine.systemctl("kill", "--signal=KILL", SERVICE)
+    machine.until(lambda: service.runs_after(pid))
+    assert "restarted 1 times" in machine.edge_run("service", "status")
+
+
+# ── of a user ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def user(machine: LiveSystemd) -> Iterator[User]:
+    made = User(machine)
+    yield made
+    made.leave()
+
+
+def test_a_user_has_a_service_of_their_own(machine: LiveSystemd, user: User) -> None:
+    """Under a `systemd --user`, started as logind would start it; there is no login, no PAM and no bus."""
+    units, config = user.home / ".config/systemd/user", user.home / ".config/edge-runtime/config.toml"
+    user.write(config, TINY)
+    user.write(units / f"{SERVICE}.d/90-test.conf", "[Service]\nRestartSec=100ms\n")
+    assert user.must(program(), "service", "install", "--user", "--now").split() == [str(units / SERVICE)]
+    machine.until(lambda: user.show("ActiveState") == "active")
+    service = Installed(machine)
+    assert service.chat() == 200
+    told = json.loads(user.must(program(), "service", "status", "--json"))
+    assert (told["active"], told["enabled"], told["restarts"]) == (True, "enabled", 0)
+    assert told["status"].startswith("tiny, auto, ")
+    process = machine.path(f"/proc/{told['pid']}")
+    assert process.stat().st_uid == user.uid
+    user.must("systemctl", "--user", "kill", "--signal=KILL", SERVICE)
+    machine.until(lambda: {"active", "1"} == set(user.show("ActiveState,NRestarts").split()))
+    assert service.chat() == 200
+    user.must("systemctl", "--user", "reload", SERVICE)
+    user.must("systemctl", "--user", "stop", SERVICE)
+    (saved,) = machine.path(user.home).rglob("serve.json")
+    assert (saved.stat().st_uid, stat.S_IMODE(saved.stat().st_mode)) == (user.uid, 0o600)
+    printed = user.must(program(), "service", "uninstall", "--user")
+    assert printed.split() == [str(units / SERVICE)]
+    assert user.show("LoadState") == "not-found"

@@ -33,9 +33,11 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Config(ModelConfig(mode="exit")), "mode exit"),
-        (Config(ModelConfig(mode="margin")), "mode margin"),
-        (Config(ModelConfig(pack="x")), "exit pack"),
+        (Config(ModelConfig(pack="x")), "model.pack means nothing to a server in mode auto"),
+        (Config(ModelConfig(mode="verified", pack="x")), "model.pack means nothing to a server in mode verified"),
+        (Config(ModelConfig(max_disagreement=0.1)), "model.max_disagreement means nothing"),
+        (Config(ModelConfig(mode="exit", max_disagreement=0.1)), "max-disagreement needs"),
+        (Config(ModelConfig(mode="exit", pack="no-such-pack")), "no-such-pack"),
         (Config(ModelConfig(name="/no/such.gguf")), "/no/such.gguf"),
     ],
 )

@@ -6,7 +6,7 @@ A temperature ceiling stands above speed: past it the hardware slows itself down
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 from ..sensors.reading import Reading
@@ -66,6 +66,11 @@ class Targets:
         if self.tokens_per_second is not None:
             asked.append(1000 / self.tokens_per_second)
         return min(asked, default=None)
+
+    @property
+    def limits_anything(self) -> bool:
+        """Whether there is more to hold than the disagreement."""
+        return replace(self, max_disagreement=None) != Targets()
 
     @property
     def budget(self) -> float:

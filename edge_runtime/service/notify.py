@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 
 SOCKET_ENV = "NOTIFY_SOCKET"
-_MAX_STATUS = 200  # characters
+_MAX_STATUS = 500  # characters, which leaves room for a path and what is wrong with it
 
 Send = Callable[[bytes], bool]  # one message; whether it was taken
 

@@ -90,6 +90,10 @@ class Systemctl:
             lines = done.err.strip().splitlines() or [f"exit code {done.code}"]
             raise EdgeError(f"`{self.words(*arguments)}` failed: {lines[0]}", "see `journalctl -xe`")
 
+    def reset_failed(self, *names: str) -> None:
+        """Forget that units failed; after too many failures systemd would start them no more."""
+        self._call("reset-failed", *names)
+
     def words(self, *arguments: str) -> str:
         """The command as a person would type it."""
         return " ".join(["systemctl", *(["--user"] if self.user else []), *arguments])

@@ -83,6 +83,8 @@ def _running(plan: UnitPlan) -> str:
         *([] if reloads else ["ExecReload=/bin/kill -HUP $MAINPID"]),
         *(f"Environment={_quoted(f'{name}={value}')}" for name, value in sorted(plan.environment.items())),
         'Environment="EDGE_RUNTIME_CACHE=%C/edge-runtime" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1',
+        "# each line of the log has its level; what has none is a last word",
+        "SyslogLevel=err",
         "StateDirectory=edge-runtime",
         "CacheDirectory=edge-runtime",
     ]

@@ -77,6 +77,7 @@ class Answer:
             self._stops,
             wanted.drafts,
             wanted.sampler,
+            exits=wanted.sampler is None,  # a grammar may want what no head has heard of
         )
 
     def _stops(self, token: int) -> bool:

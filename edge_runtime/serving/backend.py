@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..batch_costs import BatchCosts, CostKey, LiveCosts, kept_batch_costs, measurable_sizes, measure_batch_costs
-from ..batching import BatchEngine
+from ..batching import BatchEngine, Conversations, ExitBatchEngine, OwnSources
 from ..config import Config
 from ..errors import ModelError, UnsupportedModelError, UsageError
+from ..exits.pack import ExitPack
+from ..exits.source import BatchHeads
 from ..memory import check_need, estimate_need, machine_memory
 from ..models import DEMO_MODEL
 from ..native import ContextOptions, KvType, Model
-from ..resolve import NGRAM_CAP, checked_header, resolved_n_ctx
+from ..opening import head_files, pack_heads
+from ..resolve import (
+    NGRAM_CAP,
+    RunOptions,
+    checked_header,
+    context_options,
+    engine_settings,
+    load_pack,
+    n_outputs,
+    policies_of,
+    resolved_n_ctx,
+    shared_head,
+    thresholds_of,
+)
+from ..sensors.sampler import Sampler
 from ..slices import Slice, default_threads
 from ..templates import ChatTemplate, Message
-from ..types import ModelHeader
+from ..types import Mode, ModelHeader, Thresholds
 from .answers import Vocabulary
 from .errors import ApiError, bad_request, utf8
+from .holding import SteeredEngine
 from .worker import Opened
 
 N_BATCH = 128  # prompt tokens computed at once, which is how long answers beside it wait
 _MOST_CELLS = 2**31 - 1
-_WITH_DRAFTS = ("auto", "verified")
 Note = Callable[[str], None]
 
 
@@ -38,36 +53,51 @@ class Plan:
     name: str  # by which clients ask for it
     n_ctx: int  # of each conversation
     options: ContextOptions
-    drafts: bool
-    kernels: str
+    run: RunOptions  # resolved
+    pack: ExitPack | None = None
 
 
 def plan_backend(config: Config, note: Note) -> Plan:
-    """Raises UsageError for what cannot be served, a ModelError or MemoryLimitError for a model that cannot."""
+    """Raises UsageError for what cannot be served, a ModelError, PackError or MemoryLimitError for what cannot run."""
     wanted, n = config.model, config.limits.max_conversations
-    if wanted.mode not in ("full", *_WITH_DRAFTS):
-        raise UsageError(
-            f"mode {wanted.mode} cannot be served: it is for one conversation at a time",
-            "set model.mode to auto, full or verified",
-        )
-    if wanted.pack is not None:
-        raise UsageError("an exit pack cannot be served: it is for one conversation at a time", "drop model.pack")
+    mode = Mode(wanted.mode)
+    for name in ("pack", "max_disagreement"):
+        if mode is not Mode.EXIT and getattr(wanted, name) is not None:
+            raise UsageError(
+                f"model.{name} means nothing to a server in mode {mode.value}, whose drafts are copied from the text",
+                f"set model.mode to exit, or drop model.{name}",
+            )
     header = checked_header(wanted.name)
     n_ctx = resolved_n_ctx(wanted.ctx, header, note)
     if n_ctx * n > _MOST_CELLS:
         raise UsageError(f"{n} conversations of {n_ctx} tokens are too many", "lower model.ctx")
-    options = ContextOptions(
-        n_ctx=n_ctx * n,
-        n_batch=max(N_BATCH, n),
+    pack = load_pack(wanted.pack, header)
+    asked = RunOptions(
+        model=wanted.name,
+        mode=mode,
+        pack=wanted.pack,
+        max_disagreement=wanted.max_disagreement,
         n_threads=wanted.threads or default_threads(),
         kv_type=KvType(wanted.kv_type),
+        kernels=wanted.kernels,
+        audit_rate=wanted.audit_rate,
+    )
+    run = next(iter(policies_of(asked, header, n_ctx, pack, note).values()))
+    n_rows = n_outputs(run)
+    options = replace(
+        context_options(run),
+        n_ctx=n_ctx * n,
+        n_batch=max(N_BATCH, n * (n_rows if mode is Mode.EXIT else 1)),
         n_seq_max=n,
     )
-    warning = check_need(estimate_need(header, options, 1, max(n, NGRAM_CAP + 1)), machine_memory())
+    need = estimate_need(
+        header, options, len(run.boundaries or ()) + 1, n * n_rows if mode is Mode.EXIT else max(n, n_rows)
+    )
+    warning = check_need(need, machine_memory())
     if warning:
         note(warning)
     name = DEMO_MODEL if wanted.name == DEMO_MODEL else Path(wanted.name).stem if _is_path(wanted.name) else wanted.name
-    return Plan(header, name, n_ctx, options, wanted.mode in _WITH_DRAFTS, wanted.kernels)
+    return Plan(header, name, n_ctx, options, run, pack)
 
 
 def _is_path(name: str) -> bool:
@@ -82,7 +112,7 @@ class Backend:
         self.plan = plan
         self._note = note
         with ExitStack() as opened:
-            self.model = opened.enter_context(Model(plan.header.path, header=plan.header, kernels=plan.kernels))
+            self.model = opened.enter_context(Model(plan.header.path, header=plan.header, kernels=plan.run.kernels))
             if not self.model.has_tokenizer:
                 raise UnsupportedModelError(f"{plan.header.path} has no tokenizer, so it cannot read text")
             self._template = ChatTemplate.of(self.model)
@@ -91,16 +121,39 @@ class Backend:
             self._most_bytes = plan.n_ctx * max(pieces)  # no longer text fits
             self.vocabulary = Vocabulary(self.model.is_end, self.model.piece)
             self._cost_key = CostKey.of(self.model, plan.options)
-            self.key = dataclasses.asdict(self._cost_key)
+            self.key = asdict(self._cost_key)
             self.costs = self._live_costs(learnt or {})
-            self.engine = opened.enter_context(BatchEngine(self.model, plan.options, self.costs))
+            self.thresholds = thresholds_of(plan.run)  # of exits; may be changed between steps
+            self.engine = opened.enter_context(self._engine(opened))
             self._opened = opened.pop_all()
+
+    def _engine(self, opened: ExitStack) -> Conversations:
+        """The engine of the plan's mode; `opened` closes what it needs besides."""
+        plan, run = self.plan, self.plan.run
+        if run.mode is not Mode.EXIT:
+            return BatchEngine(
+                self.model, plan.options, self.costs, theta=run.theta if run.mode is Mode.MARGIN else None
+            )
+        n, sources = plan.options.n_seq_max, None
+        if run.head == "pack" and plan.pack is not None:
+            one = replace(run, n_ctx=plan.n_ctx)
+            files = head_files(plan.pack, self.model.path)
+            sources = opened.enter_context(closing(pack_heads(BatchHeads, self.model, one, plan.pack, files, n)))
+        return ExitBatchEngine(
+            self.model,
+            plan.options,
+            run.boundaries or (),
+            lambda: self.thresholds,
+            sources or OwnSources(lambda: shared_head(run, plan.pack), n),
+            engine_settings(run),
+            costs=self.costs,
+        )
 
     def _live_costs(self, learnt: Mapping[str, Any]) -> LiveCosts:
         """Costs of batches as measured here, or as learnt before with the same model, build and machine."""
         largest = NGRAM_CAP + 1
         sizes = measurable_sizes(largest)
-        options = dataclasses.replace(self.plan.options, n_ctx=largest, n_batch=largest, n_seq_max=1)
+        options = replace(self.plan.options, n_ctx=largest, n_batch=largest, n_seq_max=1)
 
         def measure() -> BatchCosts:
             self._note("measure the cost of small batches, once for this model and machine")
@@ -112,7 +165,8 @@ class Backend:
 
         measured = kept_batch_costs(self._cost_key, sizes, measure)
         # without arithmetic that is the same in every batch, drafts could change a text at a near-tie
-        self.drafts = self.plan.drafts and measured.invariant
+        run = self.plan.run
+        self.drafts = run.draft == "ngram" and (measured.invariant or run.mode is Mode.MARGIN)
         if learnt.get("key") == self.key and len(learnt.get("costs", ())) == largest:
             return LiveCosts(learnt["costs"], learnt["one_s"])
         return LiveCosts(measured.up_to(largest), measured.one_s)
@@ -123,8 +177,20 @@ class Backend:
         costs = [round(cost, 3) for cost in self.costs[:]]
         return {"key": self.key, "costs": costs, "one_s": round(self.costs.one_s, 6)}
 
-    def opened(self) -> Opened:
-        return Opened(self.engine, self.costs, self.close)
+    def opened(self, sampler: Sampler) -> Opened:
+        """For the engine's thread, which holds targets by what `sampler` reads."""
+        plan = self.plan
+        steered = SteeredEngine(self.engine, self.model, plan.run, plan.header.file_bytes, self._set_thresholds)
+        costs = None if plan.run.mode is Mode.EXIT else self.costs  # where a step is several batches, one says nothing
+        return Opened(self.engine, costs, self.close, steered, sampler)
+
+    def _set_thresholds(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+
+    @property
+    def exits(self) -> dict[int, float]:
+        """Thresholds in force, by layer."""
+        return dict(zip(self.plan.run.boundaries or (), self.thresholds.exit_below, strict=True))
 
     def close(self) -> None:
         self._opened.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..batching import BatchStats, Request
+from ..control import Rung
 from ..sensors.reading import Reading
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Metrics:
         self.energy = energy or Energy()
         self.load: Callable[[], Load] | None = None
         self.engine: Callable[[], BatchStats | None] = lambda: None
+        self.exits: Callable[[], Mapping[int, float]] = dict  # thresholds in force, by layer
+        self.rung: Callable[[], Rung | None] = lambda: None  # the setting in force where targets are held
         self.thresholds: dict[tuple[str, str], float] = {}  # of the label pack, by stage and label
         self.state_saved = True
         self._latest: dict[Request, float] = {}  # when the newest token of an answer came
@@ -97,6 +101,7 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_engine()
+        yield from self._of_control()
         yield from self._of_machine()
         yield _gauge("state_saved", "1 if what was learnt could be saved", float(self._metrics.state_saved))
         thresholds = GaugeMetricFamily(
@@ -121,15 +126,31 @@ class _Now(Collector):
         for name, text, value in (
             ("prompt_tokens", "Tokens of prompts", stats.prompt_tokens),
             ("reused_prompt_tokens", "Tokens of prompts that the KV cache held already", stats.reused_tokens),
-            ("generated_tokens", "Tokens of answers, each from full depth", stats.published),
+            ("generated_tokens", "Tokens of answers", stats.published),
             ("drafted_tokens", "Tokens proposed", stats.drafted),
-            ("accepted_tokens", "Proposed tokens that full depth agreed with", stats.accepted),
+            ("accepted_tokens", "Proposed tokens that were accepted", stats.accepted),
+            ("relaxed_tokens", "Accepted tokens that were full depth's second choice", stats.relaxed),
+            ("audited_exits", "Early exits compared with full depth", stats.audited),
+            ("disagreed_exits", "Audited exits where full depth would have chosen otherwise", stats.disagreed),
             ("cancelled_requests", "Requests given up before their end", stats.cancelled),
             ("failed_requests", "Requests that the engine could not answer", stats.failed),
             ("batches", "Passes through the model", stats.batches),
             ("evicted_conversations", "Conversations given up for another", stats.evicted),
         ):
             yield _counter(name, text, value)
+        yield _depths(dict(stats.by_depth))
+
+    def _of_control(self) -> Iterator[Metric]:
+        exits = GaugeMetricFamily(
+            f"{_PREFIX}_exit_threshold", "Uncertainty below which a token may exit", labels=["layer"]
+        )
+        for layer, threshold in self._metrics.exits().items():
+            exits.add_metric([str(layer)], threshold)
+        yield exits
+        rung = self._metrics.rung()
+        if rung is not None:
+            yield _gauge("threads", "Threads that compute, by the targets held", rung.n_threads)
+            yield _gauge("rest_share", "Share of the time in which nothing is computed, by the targets held", rung.rest)
 
     def _of_machine(self) -> Iterator[Metric]:
         energy, reading = self._metrics.energy, self._metrics.energy.latest
@@ -149,6 +170,16 @@ class _Now(Collector):
             yield _gauge("temperature_celsius", "The hottest of what matters to the processor", reading.temp_c)
         if reading.throttled_now is not None:
             yield _gauge("throttled", "1 if the machine slows itself down", float(bool(reading.throttled_now)))
+
+
+def _depths(by_depth: Mapping[int, int]) -> Metric:
+    """Layers that the tokens of answers took, as a histogram."""
+    counts = [(str(float(depth)), by_depth[depth]) for depth in sorted(by_depth)]
+    cumulative = list(zip([le for le, _ in counts], accumulate(n for _, n in counts), strict=True))
+    total = cumulative[-1][1] if cumulative else 0
+    found = HistogramMetricFamily(f"{_PREFIX}_token_depth_layers", "Layers that a token of an answer took")
+    found.add_metric([], [*cumulative, ("+Inf", total)], sum(depth * n for depth, n in by_depth.items()))
+    return found
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

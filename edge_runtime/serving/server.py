@@ -12,11 +12,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-
-import uvicorn
 
 from ..config import Config
 from ..config_load import LoadedConfig, Sources, read_api_key, reload_config
@@ -25,13 +23,16 @@ from ..errors import EdgeError, UsageError
 from ..sensors.detect import detect
 from ..sensors.machine import Machine
 from ..sensors.reading import Reading
-from ..sensors.sampler import Sampler
+from ..sensors.sampler import Sampler, Timing
+from ..service.journal import JournalFormatter, goes_to_journal
 from ..service.notify import Notifier, forget_socket, notifier
 from ..service.state import StateFile
 from ..service.watchdog import Watchdog, watchdog_interval_s
 from .app import Application
 from .backend import Backend, plan_backend
+from .connections import Http, WhileLoading
 from .guard import Rules
+from .holding import NOW, plan_targets
 from .listening import address_of, has_unix, is_local, open_listeners
 from .metrics import Energy, Metrics
 from .moderation import Moderation
@@ -42,11 +43,13 @@ logger = logging.getLogger("edge_runtime.serving")
 
 _GRACE_S = 30.0  # for answers under way when the end has come
 _LEAVE_S = 10.0  # for the engine's thread, which may be in the middle of a batch
+_GONE_S = 2.0  # for what answers clients that are gone
 _STATUS_S = 10.0
 _SAVE_S = 600.0
-_SENSORS_S = 2.0
+_SAVE_AGAIN_S = 60.0  # after it failed
+_SENSORS_S = 1.0
 _BODY_S = 60.0
-_MOST_CONNECTIONS = 512
+_LOADING_S = 30.0  # that a request waits for the model, which is less than most proxies wait for us
 _NEVER_S = 1e6  # nobody asks for signs of life
 
 
@@ -58,6 +61,7 @@ class Server:
         self._loaded, self._sources = loaded, sources
         config = loaded.config
         self._plan = plan_backend(config, logger.warning)
+        targets = plan_targets(loaded, self._plan.run)
         self._listeners = open_listeners(config.server.host, config.server.port, os.environ)
         rules = self._rules(config)
         self._notifier: Notifier = notifier(os.environ)
@@ -73,11 +77,13 @@ class Server:
         self._thread = EngineThread(
             self._open, self._watchdog, self._metrics, config.limits.queue_length, self._engine_changed
         )
+        self._thread.hold(targets)
         moderation = Moderation(self._served, self._watchdog, self._metrics, self._plan.options.n_threads)
         self.service = Service(self._thread, self._metrics, moderation, config.limits)
         show = is_local(self._listeners)
         self.application = Application(self.service, rules, config.server.cors_origins, show_document=show)
         self._metrics.load = lambda: self._thread.load
+        self._metrics.rung = lambda: None if self._thread.pilot is None else self._thread.pilot.rung
         self._metrics.engine = lambda: None if self._thread.opened is None else self._thread.opened.engine.stats
 
     def _rules(self, config: Config) -> Rules:
@@ -103,7 +109,8 @@ class Server:
             logger.warning("nothing was learnt before: %s", saved.reason)
         backend = Backend(self._plan, logger.warning, (saved.value or {}).get("backend"))
         self.service.backend = backend
-        return backend.opened()
+        self._metrics.exits = lambda: backend.exits
+        return backend.opened(self._sampler)
 
     def _engine_changed(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is over
@@ -131,15 +138,19 @@ class Server:
                 (reading,) = model.fill([reading], n_cores)
             energy(reading)
 
-        with Sampler(detect(Machine(), profile), _SENSORS_S, listeners=[hear], warn=logger.warning):
+        timing = Timing(now=NOW)
+        sensors = detect(Machine(), profile)
+        with Sampler(sensors, _SENSORS_S, listeners=[hear], warn=logger.warning, timing=timing) as self._sampler:
             yield
 
     async def _main(self) -> None:
-        self._loop, self._news, self._over = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self._loop, self._saving = asyncio.get_running_loop(), asyncio.Lock()
+        self._news, self._decided, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         with self._handled_signals():
             self._notifier.status(f"loading {self._plan.name}")
             self._thread.start()
-            http = _Http(self.application, self._over)
+            application = WhileLoading(self.application, self._decided, _LOADING_S)
+            http = Http(application, self._over, lambda: self.service.limits.stall_s)
             serving = asyncio.create_task(http.serve(self._listeners))
             serving.add_done_callback(lambda _task: self._over.set())
             keeping = asyncio.create_task(self._keep_house())
@@ -148,15 +159,16 @@ class Server:
             living = asyncio.create_task(self._live())
             await self._over.wait()
             living.cancel()
-            await self._leave(serving)
+            await self._leave(http, serving)
             keeping.cancel()
 
     async def _live(self) -> None:
         """From loading to the end of the engine."""
         await self._news.wait()
         self._news.clear()
+        self._decided.set()
         if self._thread.opened is not None:
-            self._save()
+            await self._save()
             logger.info("ready: %s, %d conversations of %d tokens", self._plan.name, *self._room)
             self._notifier.ready(self._status())
             await self._news.wait()
@@ -166,18 +178,22 @@ class Server:
     def _room(self) -> tuple[int, int]:
         return self._plan.options.n_seq_max, self._plan.n_ctx
 
-    async def _leave(self, serving: asyncio.Task[None]) -> None:
-        """Let answers come to their end, for a while; then end what is left."""
+    async def _leave(self, http: Http, serving: asyncio.Task[None]) -> None:
+        """Let answers come to their end, for a while; then end what is left, and let go of clients that do not read."""
         self._thread.draining = True
+        self._decided.set()
         n_open = self._thread.n_open
         logger.info("stopping, answers under way: %d", n_open)
         self._notifier.stopping(f"stopping, answers under way: {n_open}")
         _, late = await asyncio.wait([serving], timeout=_GRACE_S)
-        self._save()
+        await self._save()
         await asyncio.to_thread(self.service.moderation.close)
         self._thread.stop()
         if late:
-            await asyncio.wait(late, timeout=_LEAVE_S)
+            _, late = await asyncio.wait(late, timeout=_LEAVE_S)
+        if late:
+            http.abandon()
+            await asyncio.wait(late, timeout=_GONE_S)
         if not await asyncio.to_thread(self._thread.join, _LEAVE_S):
             logger.warning("the engine is left in the middle of its work")
             logging.shutdown()
@@ -214,12 +230,15 @@ class Server:
                 raise found.error
             config = found.loaded.config
             rules = self._rules(config)
+            targets = plan_targets(found.loaded, self._plan.run)
         except EdgeError as error:
             logger.error("the configuration stays as it was: %s", error.message)
         else:
             self._loaded = found.loaded
             self.service.limits = config.limits
             self._thread.queue_length = config.limits.queue_length
+            if any(name.startswith("device.") for name in found.changed):
+                self._thread.hold(targets)
             self.application.set_rules(rules, config.server.cors_origins)
             logging.getLogger("edge_runtime").setLevel(config.service.log_level.upper())
             logger.info("configuration read again, changed: %s", ", ".join(found.changed) or "nothing")
@@ -230,18 +249,18 @@ class Server:
 
     async def _keep_house(self) -> None:
         """Signs of life, a line for people, and from time to time what was learnt."""
-        periods = {self._save: _SAVE_S}
+        periods: dict[Callable[[], Awaitable[None]], float] = {self._save: _SAVE_S, self._save_again: _SAVE_AGAIN_S}
         if self._watched:
             periods[self._check] = self._watchdog.period_s
         if self._notifier.listening:
             periods[self._say_status] = _STATUS_S
         await asyncio.gather(*(_every(period_s, call) for call, period_s in periods.items()))
 
-    def _check(self) -> None:
+    async def _check(self) -> None:
         if not self._watchdog.check():
             logger.error("the engine makes no progress")
 
-    def _say_status(self) -> None:
+    async def _say_status(self) -> None:
         if self._thread.opened is not None and not self._over.is_set():
             self._notifier.status(self._status())
 
@@ -256,51 +275,28 @@ class Server:
             parts.append(f"{reading.temp_c:.0f} °C")
         return ", ".join(parts) + (f"; nothing learnt is saved: {self._problem}" if self._problem else "")
 
-    def _save(self) -> None:
-        """What was learnt. A disk that is full or read-only is told of, and served on."""
+    async def _save(self) -> None:
+        """What was learnt. A disk that is full or read-only is told of, and served on; a slow one holds nobody up."""
         backend = self.service.backend
         if backend is None:
             return
-        problem = self._state.save({"backend": backend.learnt})
+        async with self._saving:
+            problem = await asyncio.to_thread(self._state.save, {"backend": backend.learnt})
         if problem and not self._problem:
             logger.warning("nothing learnt is saved: %s", problem)
+        elif self._problem and not problem:
+            logger.info("what was learnt is saved again")
         self._problem, self._metrics.state_saved = problem, not problem
 
+    async def _save_again(self) -> None:
+        if self._problem:
+            await self._save()
 
-async def _every(period_s: float, call: Any) -> None:
+
+async def _every(period_s: float, call: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(period_s)
-        call()
-
-
-class _Http(uvicorn.Server):
-    """uvicorn without its signals and its clock: the event loop sleeps while nothing happens."""
-
-    def __init__(self, application: Application, over: asyncio.Event) -> None:
-        super().__init__(
-            uvicorn.Config(
-                application,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                loop="asyncio",
-                http="h11",
-                ws="none",
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                limit_concurrency=_MOST_CONNECTIONS,
-                timeout_graceful_shutdown=int(_GRACE_S + _LEAVE_S),
-            )
-        )
-        self._over = over
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def main_loop(self) -> None:
-        await self._over.wait()
+        await call()
 
 
 def serve(loaded: LoadedConfig, sources: Sources) -> None:
@@ -308,16 +304,15 @@ def serve(loaded: LoadedConfig, sources: Sources) -> None:
     _prepare_log(loaded.config.service.log_level)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
-    for key in ("device.power_cap_w", "device.temp_ceiling_c"):
-        if not loaded.origins[key].startswith(("default", "device profile")):
-            logger.warning("%s is not held by the server", key)
     Server(loaded, sources).run()
 
 
 def _prepare_log(level: str) -> None:
     handler = logging.StreamHandler()
-    journal = "JOURNAL_STREAM" in os.environ  # it has a clock of its own
-    handler.setFormatter(logging.Formatter("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"))
+    if goes_to_journal(os.environ):
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, lowest in (("edge_runtime", level.upper()), ("uvicorn", "WARNING")):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False

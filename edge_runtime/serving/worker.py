@@ -8,15 +8,20 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..batch_costs import LiveCosts
-from ..batching import BatchEngine, Event, Failed, Finished, Request, Token
+from ..batching import Conversations, Event, Failed, Finished, Request, Token
 from ..errors import EdgeError
+from ..pilot import Pilot
+from ..sensors.sampler import Sampler
 from ..service.watchdog import Watchdog
+from ..steering import Plan
 from ..summary import Finish
 from .answers import Answer, End
 from .errors import ApiError
+from .holding import SteeredEngine, held
 from .metrics import Metrics
 
 logger = logging.getLogger("edge_runtime.serving")
@@ -29,9 +34,11 @@ _RETRY_S = 60  # the longest that a client is told to wait
 class Opened:
     """What a thread works with; it closes it at its end."""
 
-    engine: BatchEngine
+    engine: Conversations
     costs: LiveCosts | None  # that learn from each batch
     close: Callable[[], None]
+    steered: SteeredEngine | None = None  # the engine, as targets see it; None: nothing can be held
+    sampler: Sampler | None = None  # what they look at
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class Load:
 
 
 class EngineThread:
-    """Owns a BatchEngine. `submit`, `cancel` and `stop` may be called from any thread, and none of them waits."""
+    """Owns an engine. `submit`, `cancel` and `stop` may be called from any thread, and none of them waits."""
 
     def __init__(
         self,
@@ -66,6 +73,9 @@ class EngineThread:
         self._tell_changed = changed
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Answer, bool]] = deque()  # True: take in, False: give up
+        self._targets: list[Plan | None] = []  # the newest, if they are still to be put into force
+        self._held = ExitStack()
+        self.pilot: Pilot | None = None  # where targets are held
         self._n_open = 0  # requests taken in and not yet ended
         self._stopping = False
         self._answers: dict[Request, Answer] = {}
@@ -98,6 +108,12 @@ class EngineThread:
         """Give a request up; it ends as interrupted before another token of it is computed."""
         with self._changed:
             self._inbox.append((answer, False))
+            self._changed.notify()
+
+    def hold(self, targets: Plan | None) -> None:
+        """Hold these from the next batch on, and no others; None: nothing."""
+        with self._changed:
+            self._targets = [targets]
             self._changed.notify()
 
     def stop(self) -> None:
@@ -143,6 +159,7 @@ class EngineThread:
             self._tell_changed()
             return
         try:
+            self._take_targets(opened)
             self.opened = opened
             self._tell_changed()
             self._serve(opened)
@@ -154,29 +171,34 @@ class EngineThread:
             for request in self._answers:
                 opened.engine.cancel(request)
             self._end_all(ApiError(503, "the server is shutting down", retry_after_s=10))
+            self._stop_holding()
             opened.close()
             self._tell_changed()
 
     def _serve(self, opened: Opened) -> None:
-        while self._wait(opened.engine):
+        while self._wait(opened):
             with self._watchdog.work():
+                if self.pilot is not None and not opened.engine.idle:
+                    self.pilot.begin()
                 while not opened.engine.idle:
                     self._step(opened)
                     self._watchdog.tick()
-                    if not self._take_in(opened.engine):
+                    if not self._take_in(opened):
                         return
 
-    def _wait(self, engine: BatchEngine) -> bool:
+    def _wait(self, opened: Opened) -> bool:
         """Sleep until there is something to do; False if that is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._stopping)
+            self._changed.wait_for(lambda: self._inbox or self._targets or self._stopping)
             self._stepped_s = time.monotonic()
-        return self._take_in(engine)
+        return self._take_in(opened)
 
-    def _take_in(self, engine: BatchEngine) -> bool:
+    def _take_in(self, opened: Opened) -> bool:
+        engine = opened.engine
         with self._changed:
             inbox, stopping = list(self._inbox), self._stopping
             self._inbox.clear()
+        self._take_targets(opened)
         for answer, wanted in inbox:
             if not wanted:
                 if answer.request is not None:
@@ -189,6 +211,27 @@ class EngineThread:
                 self._end(answer, End(Finish.INTERRUPTED, error))
         return not stopping
 
+    def _take_targets(self, opened: Opened) -> None:
+        """Put new targets into force; where times must be measured for them first, once nothing else is done."""
+        steered, sampler, idle = opened.steered, opened.sampler, opened.engine.idle
+        if not self._targets or not (idle or (steered is not None and steered.times is not None)):
+            return
+        with self._changed:
+            (targets,), self._targets = self._targets, []
+        self._stop_holding()
+        if steered is None or sampler is None:
+            return
+        try:
+            self.pilot = self._held.enter_context(held(targets, steered, sampler))
+        except EdgeError as error:
+            logger.error("the targets are not held: %s", error.message)
+        if self.pilot is not None and not idle:
+            self.pilot.begin()
+
+    def _stop_holding(self) -> None:
+        self.pilot = None
+        self._held.close()
+
     def _step(self, opened: Opened) -> None:
         engine, stats = opened.engine, opened.engine.stats
         batches, rows, start = stats.batches, stats.rows, time.perf_counter()
@@ -199,6 +242,9 @@ class EngineThread:
         if opened.costs is not None and stats.batches == batches + 1 and n_rows <= len(opened.costs):
             opened.costs.observe(n_rows, now - start)
         self._tell(events, now)
+        answers = [event.request for event in events if isinstance(event, Token)]
+        if self.pilot is not None and answers:
+            self.pilot.token(len(answers) / len(set(answers)))
 
     def _tell(self, events: Iterable[Event], now: float) -> None:
         grown: dict[Request, int] = {}
