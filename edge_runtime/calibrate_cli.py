@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .errors import UsageError
 from .models import DEMO_MODEL
 from .options import JsonOption, ModelOption, QuietOption, ThreadsOption, VerboseOption
 
@@ -17,6 +18,7 @@ Examples:
   edge-run calibrate --text prompts.txt --no-builtin --boundaries 16,20 --max-disagreement 0.02
   edge-run calibrate --budget 10m --trainer ridge --json | jq .plans
   edge-run calibrate --model ./layerskip.gguf --head shared
+  edge-run calibrate --probe --encoder minilm-l6 --text questions.txt
 
 \b
 The model answers many prompts; heads behind some of its layers learn to say what it would say; what they may decide
@@ -27,10 +29,21 @@ are read, too: heads learn from them, but nothing is certified on them.
 holds certificates alone, and nearly all prompts certify. On other models that head agrees with full depth too seldom.
 All stages are kept in the cache: interrupted, the same command goes on where it was, on another machine, too, if the
 folder is copied. --budget is shared out among the stages; without it, 1,500 prompts are answered.
+--probe makes no pack, but MODEL.probe.json: from a prompt's own hidden state, it says how likely answers to it are to
+differ in meaning, before there is one. Each prompt is answered 8 times; by default, these are 300 questions that come
+with the program. Which answers mean the same is decided by their form, or better, with --encoder, by their meaning.
 To certify a disagreement of 2% takes some 1,250 prompts even if nothing goes wrong, and more if exits are rare."""
+
+_FOR_PACKS = (
+    *("budget", "head", "trainer", "labels", "epochs", "compare", "pack_all", "quantisation", "shortlist"),
+    *("max_disagreement", "confidence", "device", "png"),
+)
+_FOR_PROBES = ("encoder",)
+_MAX_TOKENS, _TEMPERATURE = 160, 0.7  # of answers that a pack is made from
 
 
 def calibrate(
+    context: typer.Context,
     model: ModelOption = DEMO_MODEL,
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="Prompts or texts to learn from; repeatable.", metavar="FILE")
@@ -39,7 +52,8 @@ def calibrate(
         bool, typer.Option("--builtin/--no-builtin", help="Also ask questions that come with the program.")
     ] = True,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The pack to write.", show_default="MODEL.exits.gguf")
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.exits.gguf or .probe.json"),
     ] = None,
     boundaries: Annotated[
         str | None,
@@ -51,10 +65,29 @@ def calibrate(
         str | None, typer.Option(help="Time for all of it, as in 90s, 10m or 1h.", show_default="none")
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to use at most.", show_default="1500, or by the budget")
+        int | None,
+        typer.Option(min=1, help="Prompts to use at most.", show_default="1500, or by the budget; all with --probe"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=4, max=4096, help="Of an answer, at most.")] = 160,
-    temperature: Annotated[float, typer.Option(help="Of every second answer; the others are greedy.")] = 0.7,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=4, max=4096, help="Of an answer, at most.", show_default="160; 32 with --probe"
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Of every second answer, the others are greedy; with --probe of all.",
+            show_default="0.7; 0.8 with --probe",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Make a probe that says of prompts how uncertain answers will be; no pack.")
+    ] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="With --probe: group answers by meaning, with this sentence encoder.", show_default="none"),
+    ] = None,
     head: Annotated[
         Literal["trained", "shared"],
         typer.Option(help="What is to exit. trained: heads of the pack. shared: the model's own output head."),
@@ -93,7 +126,32 @@ def calibrate(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Make an exit pack for a model."""
+    """Make an exit pack for a model, or a probe."""
+    if probe:
+        _refuse(context, _FOR_PACKS, "is for exit packs", "or --probe")
+        from .calibrate_probe import ProbeRequest, calibrate_probe
+
+        calibrate_probe(
+            ProbeRequest(
+                model=model,
+                texts=tuple(text or ()),
+                builtin=builtin,
+                out=out,
+                boundaries=boundaries,
+                prompts=prompts,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                encoder=encoder,
+                cache=cache,
+                seed=seed,
+                threads=threads,
+                json=as_json,
+                quiet=quiet,
+                verbose=verbose,
+            )
+        )
+        return
+    _refuse(context, _FOR_PROBES, "is for probes", "or add --probe")
     from .calibrate_run import CalibrateRequest, calibrate_model
 
     calibrate_model(
@@ -105,8 +163,8 @@ def calibrate(
             boundaries=boundaries,
             budget=budget,
             prompts=prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
+            max_tokens=_MAX_TOKENS if max_tokens is None else max_tokens,
+            temperature=_TEMPERATURE if temperature is None else temperature,
             head=head,
             trainer=trainer,
             labels=labels,
@@ -127,3 +185,12 @@ def calibrate(
             verbose=verbose,
         )
     )
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str, otherwise: str) -> None:
+    """Raise UsageError for options, of these names, that were given and mean nothing here."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} {why}", f"leave out {option}, {otherwise}")

@@ -80,7 +80,7 @@ def calibrate_model(request: CalibrateRequest) -> None:
     path = find_model(request.model)
     out = request.out or Path(f"{path.stem}.exits.gguf")
     options, notes = _options(request)
-    _check_place(out, "a pack", "--out")
+    check_place(out, "a pack", "--out")
     if request.png is not None:
         _check_picture(request.png)
     for source in (path, *request.texts, *([request.png] if request.png else [])):
@@ -210,7 +210,7 @@ def _check_cuda() -> None:
         raise UsageError("PyTorch finds no CUDA device", "use --device cpu")
 
 
-def _check_place(path: Path, what: str, option: str) -> None:
+def check_place(path: Path, what: str, option: str) -> None:
     """Raise UsageError unless a file can be written at `path`."""
     hint = f"name a file in a folder that exists with {option}"
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -229,7 +229,7 @@ def _check_picture(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise EdgeError("drawing needs matplotlib, which is not installed", PLOT_HINT) from None
-    _check_place(path, "a picture", "--png")
+    check_place(path, "a picture", "--png")
 
 
 # ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,7 +266,19 @@ def _language_notes(requests: Sequence[Request]) -> list[str]:
 def tokenised(
     model: Model, requests: Sequence[Request], temperature: float, max_tokens: int
 ) -> tuple[list[Prompt], list[str]]:
-    """Requests as tokens, numbered, every second one sampled; and notes on what was left out.
+    """Requests as tokens, numbered, every second one sampled; and notes on what was left out. Raises as `fitting`."""
+    kept, notes = fitting(model, requests, max_tokens)
+    prompts = [
+        Prompt(number, tokens, temperature if number % 2 else 0.0, answered=entry.given, group=entry.group)
+        for number, (entry, tokens) in enumerate(kept)
+    ]
+    return prompts, notes
+
+
+def fitting(
+    model: Model, requests: Sequence[Request], max_tokens: int
+) -> tuple[list[tuple[Request, tuple[int, ...]]], list[str]]:
+    """Requests with their tokens, texts to be read cut off; and notes on those that were left out as too long.
 
     Raises UsageError if answers of `max_tokens` do not fit the model's context, PromptError if nothing is left,
     UnsupportedModelError without a tokenizer.
@@ -286,7 +298,7 @@ def tokenised(
             "use a smaller --max-tokens",
         )
     bos = model.special_text("bos") if model.adds_bos else ""
-    prompts: list[Prompt] = []
+    kept: list[tuple[Request, tuple[int, ...]]] = []
     n_long = 0
     for entry in requests:
         if entry.given or template is None:
@@ -302,11 +314,9 @@ def tokenised(
             n_long += 1
             continue
         if tokens:
-            number = len(prompts)
-            warmth = temperature if number % 2 else 0.0
-            prompts.append(Prompt(number, tuple(tokens), warmth, answered=entry.given, group=entry.group))
+            kept.append((entry, tuple(tokens)))
     if n_long:
         notes.append(f"{n_long:,} prompts of more than {longest:,} tokens are left out")
-    if not prompts:
+    if not kept:
         raise PromptError("no prompt is left", f"prompts must be of {longest:,} tokens at most")
-    return prompts, notes
+    return kept, notes

@@ -27,6 +27,7 @@ from .resolve import (
     checked_header,
     context_options,
     load_pack,
+    load_probe,
     n_outputs,
     policies_of,
     resolved_draft,
@@ -77,6 +78,7 @@ class Runtime:
         self.asked, self._note, self._say, self._meter = options, note, say, meter
         resolved_draft(options)  # refuses what excludes a pack, before there is a word about the pack
         self._pack = load_pack(options.pack, self.header)
+        self._probes = load_probe(options, self.header)
         self._measured: Measured = {}
         n_ctx = resolved_n_ctx(options.n_ctx, self.header, note)
         policies = policies_of(options, self.header, n_ctx, self._pack, note)
@@ -99,7 +101,9 @@ class Runtime:
         with ExitStack() as opened:
             sampler = opened.enter_context(closing(Sampler(asked.sampling, model.n_vocab)))
             auto = asked.mode is Mode.AUTO
-            self.player = Player(model, policies, self._pack, files, sampler, self._measured, self._say, auto=auto)
+            self.player = Player(
+                model, policies, self._pack, files, sampler, self._measured, self._say, auto=auto, probes=self._probes
+            )
             opened.callback(self.player.close)
             self._opened = opened.pop_all()
         self._files = files
@@ -244,6 +248,7 @@ class Runtime:
             theta=options.theta if options.mode is Mode.MARGIN else None,
             head=None if options.mode is Mode.FULL else options.head,
             signal=None if options.mode is Mode.FULL else options.signal,
+            prompt_uncertainty=self.player.prompt_uncertainty,
             **energy_fields(self._energy(stats)),
         )
 

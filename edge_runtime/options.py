@@ -116,6 +116,22 @@ class RunArguments:
     audit_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of exits compared with full depth, in mode exit.")
     ] = 0.1
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            help="With exits: answer prompts at full depth that this probe finds uncertain, before the first token; "
+            "`edge-run calibrate --probe` makes it.",
+            metavar="FILE",
+        ),
+    ] = None
+    probe_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="With --probe: a prompt is uncertain from this probability on that its answers differ in meaning.",
+            show_default="0.5",
+            metavar="P",
+        ),
+    ] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")] = 512
     system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None
     stop: Annotated[list[str], typer.Option(help="End before this text; repeatable.", metavar="TEXT")] = field(
@@ -207,6 +223,7 @@ def run_options(arguments: RunArguments) -> RunOptions:
 
     Raises UsageError for values that cannot be meant, and for an unknown device.
     """
+    from .exits.prompt_policy import DEFAULT_LIMIT
     from .native import KvType
     from .resolve import RunOptions
     from .types import DEFAULT_THETA, Mode, SamplingSettings
@@ -224,6 +241,8 @@ def run_options(arguments: RunArguments) -> RunOptions:
         raise UsageError(f"--draft means nothing in mode {mode.value}", "add --mode verified or --mode margin")
     if arguments.theta is not None and mode is not Mode.MARGIN:
         raise UsageError(f"--theta means nothing in mode {mode.value}", "add --mode margin")
+    if arguments.probe_limit is not None and arguments.probe is None:
+        raise UsageError("--probe-limit means nothing without --probe", "add --probe FILE")
     seed = arguments.seed
     if seed is None:
         # greedy choices need none; a random one is reported, so that the run can be repeated
@@ -257,6 +276,8 @@ def run_options(arguments: RunArguments) -> RunOptions:
         ),
         cap=arguments.cap,
         audit_rate=arguments.audit_rate,
+        probe=arguments.probe,
+        probe_limit=DEFAULT_LIMIT if arguments.probe_limit is None else arguments.probe_limit,
     )
 
 

@@ -17,6 +17,8 @@ from .errors import PromptError
 from .exits.costs import Costs
 from .exits.forecast import kept_part_costs, predicted_time
 from .exits.pack import ExitPack
+from .exits.probe_file import ProbeFile
+from .exits.prompt_policy import FullDepthIfUncertain, PromptWatch, watch_prompts
 from .exits.settings import DEFAULT_DISAGREEMENT, certified_rung
 from .exits.source import PackHeads
 from .native import Model
@@ -55,16 +57,21 @@ class Player:
         *,
         auto: bool,
         n_threads_batch: int | None = None,
+        probes: ProbeFile | None = None,
     ) -> None:
         """Open the first of `policies`, results of `policies_of`, and see which others may take its place.
 
         `files` are those of `files_for`; `measured` as in `batch_costs`. With `auto`, nothing is drafted where a
-        token's logits depend on the batch it is in. `n_threads_batch`: None: as many as for single tokens. Raises what
-        opening slices and heads does.
+        token's logits depend on the batch it is in. `n_threads_batch`: None: as many as for single tokens. `probes`
+        say before an answer whether its tokens may exit. Raises what opening slices and heads does, UsageError for
+        probes that read no state at an exit's boundary.
         """
         self.model, self.policies, self.sampler = model, policies, sampler
         self._pack, self._files, self._measured, self._say = pack, files, measured, say
-        self._auto, self._n_threads_batch = auto, n_threads_batch
+        self._auto, self._n_threads_batch, self._probes = auto, n_threads_batch, probes
+        for policy in policies.values():
+            if probes is not None and policy.mode is Mode.EXIT:
+                probes.at(policy.boundaries or ())  # refuses one that sees no state there
         self._chooser: Chooser | None = None
         self._opened = ExitStack()
         self.start_counts()
@@ -136,10 +143,16 @@ class Player:
             self._heads = source if isinstance(source, PackHeads) else None
             if self._heads is not None:
                 opened.callback(self._heads.close)
+            self._watch: PromptWatch | None = None
+            if self._probes is not None and source is not None and options.mode is Mode.EXIT:
+                policy = FullDepthIfUncertain(options.probe_limit)
+                source = self._watch = watch_prompts(source, self._probes, boundaries, policy)
             closed = Thresholds((0.0,) * len(boundaries))
 
             def now() -> Thresholds:
-                return closed if self._chooser is not None and self._chooser.probing else self._thresholds
+                if self._chooser is not None and self._chooser.probing:
+                    return closed
+                return self._thresholds if self._watch is None else self._watch.scaled(self._thresholds)
 
             engine = Engine(slices, self.sampler, engine_settings(options), now, source, n_ctx=options.n_ctx)
             engine.stats = stats or engine.stats
@@ -205,7 +218,14 @@ class Player:
         n_reused = min(common, len(tokens) - 1, engine.n_computed)
         engine.rollback(common)
         engine.extend(tokens[common:])
+        if self._watch is not None:
+            self._watch.begin(len(tokens))
         return n_reused
+
+    @property
+    def prompt_uncertainty(self) -> float | None:
+        """Probability of high semantic entropy that a probe gave the latest prompt; None without one, or not yet."""
+        return None if self._watch is None else self._watch.probability
 
     def choose(self, n_held: int) -> bool:
         """Before an answer to a text of which `n_held` tokens are held: whether another policy, with none, plays."""

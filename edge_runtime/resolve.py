@@ -11,6 +11,8 @@ from .draft import SharedHead
 from .errors import ModelUnreadableError, UnsupportedModelError, UsageError
 from .exits.pack import ExitPack
 from .exits.packs import find_exit_pack
+from .exits.probe_file import ProbeFile
+from .exits.prompt_policy import DEFAULT_LIMIT, FullDepthIfUncertain
 from .exits.settings import exit_settings
 from .identity import identify
 from .memory import check_need, estimate_need, machine_memory
@@ -68,6 +70,9 @@ class RunOptions:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     cap: int | None = None  # None: NGRAM_CAP or DEFAULT_CAP
     audit_rate: float = 0.1
+    # file of a semantic entropy probe: prompts that it finds uncertain are answered without exits; None: all may exit
+    probe: str | None = None
+    probe_limit: float = DEFAULT_LIMIT  # probability of high semantic entropy from which on a prompt is uncertain
 
     @property
     def lossless(self) -> bool:
@@ -123,6 +128,18 @@ def load_pack(wanted: str | None, header: ModelHeader) -> ExitPack | None:
     pack = ExitPack.load(find_exit_pack(wanted))
     pack.check_model(identify(Path(header.path)))
     return pack
+
+
+def load_probe(options: RunOptions, header: ModelHeader) -> ProbeFile | None:
+    """The probe that exits depend on. Raises UsageError where there are none, PackError if it cannot be used."""
+    FullDepthIfUncertain(options.probe_limit)  # refuses what is no probability
+    if options.probe is None:
+        return None
+    if options.mode is not Mode.EXIT and (options.mode is not Mode.AUTO or options.max_disagreement is None):
+        raise UsageError("--probe decides on exits, and there are none", "use --mode exit, or --max-disagreement")
+    probes = ProbeFile.load(Path(options.probe).expanduser())
+    probes.check_model(identify(Path(header.path)))
+    return probes
 
 
 def policies_of(

@@ -65,6 +65,7 @@ class Summary:
     pack: str | None = None  # name of the exit pack
     head: str | None = None  # what guessed at boundaries: the pack's heads, or the model's own output head ("shared")
     signal: str | None = None  # what decided whether a token left
+    prompt_uncertainty: float | None = None  # by a probe: probability that answers to the prompt differ in meaning
     energy_j: float | None = None  # gross, of the whole answer; this and what follows None where no power is known
     prefill_energy_j: float | None = None  # … until its first token
     decode_energy_j: float | None = None  # … and from there on
