@@ -45,7 +45,7 @@ class ConfidenceArguments:
     samples: Annotated[
         int | None,
         typer.Option(
-            "--samples", help="With --confidence: draw so many at most, 4 at once, until it is clear.", show_default="8"
+            "--samples", help="With --confidence: draw so many at most, 8 at once, until it is clear.", show_default="8"
         ),
     ] = None
     same_by: Annotated[

@@ -98,9 +98,9 @@ def test_of_a_long_answer_as_much_counts_as_of_a_sample(
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (AGREED, "confidence 1.00: all 4 samples say the same, the answer says something else (semantic entropy 0.00 "),
+        (AGREED, "confidence 1.00: all 8 samples say the same, the answer says something else (semantic entropy 0.00 "),
         (ALL_DIFFER, "confidence 0.00: no two of 8 samples say the same (semantic entropy 2.08 nats, "),
-        ([""] * 8, "confidence 1.00: 4 of 4 samples are empty"),
+        ([""] * 8, "confidence 1.00: 8 of 8 samples are empty"),
     ],
 )
 def test_what_is_said_of_samples(
@@ -117,7 +117,7 @@ def test_samples_that_were_cut_are_noted(
 ) -> None:
     scripted(monkeypatch, AGREED, ended=False)
     result = run(*model, "--confidence", "--quiet", "x")
-    assert result.err.splitlines()[1] == "note: 4 of 4 samples were cut after 2 tokens: this is about how answers begin"
+    assert result.err.splitlines()[1] == "note: 8 of 8 samples were cut after 2 tokens: this is about how answers begin"
 
 
 def test_so_many_samples_as_asked_for(run: RunCli, model: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +222,10 @@ def test_an_unsure_model_gives_no_answer(
     unsure = run(*model, "--abstain-above", 0.18, "--quiet", "x")
     assert_clean(unsure, 3)
     assert unsure.out == ""
-    # it would be 0.181 if the other four said the same, too
-    assert unsure.err.startswith("unsure: 3 of 4 samples say the same; normalised semantic entropy 0.270 is above 0.18")
+    assert unsure.err.startswith("unsure: 7 of 8 samples say the same; normalised semantic entropy 0.181 is above 0.18")
     listed = run(*model, "--abstain-above", 0.18, "--quiet", "--show-clusters", "x")
     assert listed.out == ""
-    assert listed.err.splitlines()[-1] == "   1 of 4  Lyon"
+    assert listed.err.splitlines()[-1] == "   1 of 8  Lyon"
     sure = run(*model, "--abstain-above", 0.19, "--quiet", "x")
     assert_clean(sure, 0)
     assert sure.out == run(*model, "--quiet", "x").out
@@ -247,15 +246,15 @@ def test_the_edges_of_unsure(
 
 
 def test_an_unsure_model_in_json(run: RunCli, model: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, ALL_DIFFER)
-    result = run(*model, "--abstain-above", 0.5, "--json", "--quiet", "x")
+    scripted(monkeypatch, [f"{number} x" for number in range(16)])
+    result = run(*model, "--abstain-above", 0.5, "--samples", 16, "--json", "--quiet", "x")
     assert_clean(result, 3)
     (line,) = result.out.splitlines()
     assert json.loads(line)["summary"] is None
     record = record_of(result.out)
     assert (record["abstained"], record["abstain_above"], record["answer"], record["agrees"]) == (True, 0.5, None, None)
     assert record["stopped"] == "settled"
-    assert len(record["samples"]) == 4  # whatever the others are, more than half of the entropy is there
+    assert len(record["samples"]) == 8  # whatever the others are, more than half of the entropy is there
     sure = run(*model, "--abstain-above", 1, "--json", "--quiet", "x")
     assert_clean(sure, 0)
     assert record_of(sure.out)["abstained"] is False
@@ -429,7 +428,7 @@ def test_the_demo_model_answers_what_it_knows_and_abstains_from_nonsense(run: Ru
     known = run(*options, asked.format("Japan"))
     assert_clean(known, 0)
     assert known.out.strip() == "Tokyo"
-    assert known.err.startswith("confidence 1.00: all 4 samples say the same (")
+    assert known.err.startswith("confidence 1.00: all 8 samples say the same (")
     nonsense = run(*options, asked.format("Vorenia"))
     assert_clean(nonsense, 3)
     assert nonsense.out == ""

@@ -118,7 +118,7 @@ def test_the_report_says_what_was_found(verb: Verb, folder: Path) -> None:
     assert found["probe"] == "a.probe.json"
     assert found["bytes"] == (folder / "a.probe.json").stat().st_size
     assert (found["prompts"], found["train"], found["test"]) == (72, 48, 24)
-    assert (found["samples"], found["temperature"], found["max_tokens"]) == (8, 0.8, 32)
+    assert (found["samples"], found["temperature"], found["max_tokens"]) == (8, 0.5, 32)
     assert found["grouped_by"] == "form"
     assert np.log(2) < found["threshold"] < np.log(5)
     assert len(found["first_token"]) == 3
@@ -164,7 +164,7 @@ def test_damaged_results_are_made_again(verb: Verb, folder: Path, cache: Path) -
 
 
 @pytest.mark.parametrize(
-    "options", [("--seed", 1), ("--temperature", 0.5), ("--max-tokens", 8), ("--boundaries", "2,4")]
+    "options", [("--seed", 1), ("--temperature", 0.7), ("--max-tokens", 8), ("--boundaries", "2,4")]
 )
 def test_another_request_takes_no_answers_over(verb: Verb, answers: Answers, options: tuple[object, ...]) -> None:
     assert_clean(verb(), 0)

@@ -179,7 +179,7 @@ def test_a_confidence_by_hand() -> None:
 
 def test_equal_answers_end_it() -> None:
     source = Script(["Paris", "paris", "PARIS", "the Paris", "Lyon", "Lyon", "Lyon", "Lyon"])
-    found = estimate(source, [1])
+    found = estimate(source, [1], ConfidenceSettings(step=4))
     assert found.stopped is Stopped.AGREED
     assert (found.score, found.entropy, found.consistency, len(found.samples), found.planned) == (1.0, 0, 1.0, 4, 8)
     assert source.drawn == [[0, 1, 2, 3]]
