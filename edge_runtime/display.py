@@ -156,7 +156,7 @@ def footer(summary: Summary, *, seeded: bool) -> list[str]:
         speed.append(f"seed {summary.seed}")
     left = [f"left: {summary.left}"] if summary.left else []
     uncertain = summary.prompt_uncertainty
-    probed = [] if uncertain is None else [f"probe: answers to this prompt differ with a probability of {uncertain:.2f}"]
+    probed = [] if uncertain is None else [f"probe: answers to this differ with a probability of {uncertain:.2f}"]
     return [", ".join(speed), *_depth_line(summary), *probed, *left, *_energy_line(summary), *_end_line(summary)]
 
 

@@ -178,7 +178,7 @@ def steering(
         times = token_times(steered, say)
         ladder = run_ladder(times, plan.power, gb_per_token, steered.options.mode, exits)
         _tell_dropped(plan, ladder, say)
-        targets = _answerable(plan, _first_reading(sampler, now), say)
+        targets = answerable(plan, first_reading(sampler, now), say)
         controller = Controller(targets, ladder, hear, _settings(steered, exits))
         estimate = _Estimate(plan.power, os.cpu_count() or 1, gb_per_token)
         pilot = Pilot(controller, steered, lambda: sampler.latest, now, time.sleep, estimate)
@@ -346,7 +346,7 @@ def _settings(steered: Steerable, exits: Exits | None) -> ControlSettings:
     return ControlSettings(slow=replace(usual, audit_rate=rate, per="tokens" if per_tokens else usual.per))
 
 
-def _first_reading(sampler: Sampler, now: Callable[[], float]) -> Reading | None:
+def first_reading(sampler: Sampler, now: Callable[[], float]) -> Reading | None:
     """The newest reading, waited for a moment; None if there is none then."""
     until_s = now() + _PATIENCE_S
     while (reading := sampler.latest) is None and now() < until_s:
@@ -354,7 +354,7 @@ def _first_reading(sampler: Sampler, now: Callable[[], float]) -> Reading | None
     return reading
 
 
-def _answerable(plan: Plan, reading: Reading | None, say: Say) -> Targets:
+def answerable(plan: Plan, reading: Reading | None, say: Say) -> Targets:
     """The targets without the profile's ceiling, where no sensor says the temperature.
 
     A ceiling that somebody asked for stays: what it needs is said, and the most saving setting is used.

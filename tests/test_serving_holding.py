@@ -248,3 +248,18 @@ def test_a_target_that_nobody_chose_closes_no_exits(tmp_path: Path, exiting: Run
     chosen = plan_targets(configured(tmp_path, device__profile="pi5", device__target="balanced"), asked)
     assert chosen is not None
     assert chosen.targets.budget == 0
+
+
+def test_a_ceiling_that_no_sensor_can_speak_of_changes_nothing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steering, "measure_token_times", lambda *_: pytest.fail("there is nothing to choose"))
+
+    async def test(made: Rig) -> None:
+        plan = plan_targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.VERIFIED))
+        assert plan is not None
+        made.thread.hold(plan)
+        await answered(made)
+        assert "threads" not in metrics(made)
+
+    serve(path, test)

@@ -17,7 +17,7 @@ from ..pilot import Pilot, TokenTimes
 from ..resolve import RunOptions, thresholds_of
 from ..sensors.sampler import Sampler
 from ..slices import Slice
-from ..steering import Plan, SteeringRequest, plan_steering, steering
+from ..steering import Plan, SteeringRequest, answerable, first_reading, plan_steering, steering
 from ..types import EngineStats, Mode, Thresholds
 
 logger = logging.getLogger("edge_runtime.serving")
@@ -54,7 +54,12 @@ def plan_targets(loaded: LoadedConfig, run: RunOptions) -> Plan | None:
             raise
         logger.info("no targets are held: %s", error.message)
         return None
-    return plan if plan is not None and plan.targets.limits_anything else None
+    return plan if plan is not None and _matters(plan) else None
+
+
+def _matters(plan: Plan) -> bool:
+    """Whether there is anything to hold: with exits, their disagreement is."""
+    return plan.pack is not None or plan.targets.limits_anything
 
 
 class SteeredEngine:
@@ -115,7 +120,9 @@ def held(plan: Plan | None, steered: SteeredEngine, sampler: Sampler) -> Iterato
 
     No answer may be under way as long as `steered.times` are not known.
     """
-    if plan is None:
+    if plan is not None:
+        plan = replace(plan, targets=answerable(plan, first_reading(sampler, NOW), _tell))
+    if plan is None or not _matters(plan):  # the configuration's threads are best for many answers
         yield None
         return
     if steered.times is None:
