@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.bench.batch_exits import measure_exits
 from edge_runtime.bench.batch_speed import BatchRig, measure_further_turn, measure_together
+from edge_runtime.exits.thresholds import Rung
 from edge_runtime.native import available_kernels
 
 from .conftest import ROOT, TinyMaker
+from .exit_fakes import random_pack
 
 TEXTS = ["one two one two one", "abc abc abc abc", "x"]
 
@@ -79,3 +82,19 @@ def test_the_script_prints_one_object(tiny_path: TinyMaker) -> None:
     assert found["conversations"] == 2
     assert [len(found["together"]), found["together"][0]["n_tokens"]] == [1, 8]
     assert found["further_turn"]["reused_tokens"] > 0
+
+
+def test_exits_beside_full_depth(tiny_path: TinyMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    model, pack = tiny_path("llama", tokenizer=True), str(tmp_path / "pack.gguf")
+    held = {"kind": "x", "bound": 0.1, "n": 40, "risk": 0.01, "holds": True}
+    random_pack(model, (2, 4), rungs=(Rung("entropy", "exits", 0.1, 0.05, (4.0, 4.0), held, 0.5),)).save(Path(pack))
+    with BatchRig(str(model), 3, n_ctx=256, n_threads=1) as rig:
+        found = measure_exits(rig, pack, 0.1, TEXTS, max_tokens=12, repeats=1, say=quiet)
+    assert found.n_tokens == 2 * 36  # with the warm-up
+    assert 0 < found.exits < found.n_tokens
+    assert found.disagreed <= found.audited <= found.exits
+    assert found.ratio.median > 0
+    done = script("--model", str(model), "--pack", str(tmp_path / "none.gguf"))
+    assert done.returncode == 1
+    assert "error: " in done.stderr

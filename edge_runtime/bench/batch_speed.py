@@ -57,7 +57,7 @@ class BatchRig:
         """`n_ctx` of each conversation. Raises a ModelError, MemoryLimitError, UsageError or LibraryError."""
         self.n_threads = n_threads or default_threads()
         one = ContextOptions(n_ctx=n_ctx, n_batch=N_BATCH, n_threads=self.n_threads, flash_attention=True)
-        many = replace(one, n_ctx=n * n_ctx, n_seq_max=n)
+        self.options = many = replace(one, n_ctx=n * n_ctx, n_seq_max=n)
         self.path = find_model(model)
         with ExitStack() as opened:
             self.model = opened.enter_context(Model(str(self.path), kernels=kernels))
