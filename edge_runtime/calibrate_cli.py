@@ -78,7 +78,7 @@ def calibrate(
         float | None,
         typer.Option(
             help="Of every second answer, the others are greedy; with --probe of all.",
-            show_default="0.7; 0.8 with --probe",
+            show_default="0.7; 0.5 with --probe",
         ),
     ] = None,
     probe: Annotated[

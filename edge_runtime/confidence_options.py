@@ -28,7 +28,7 @@ class ConfidenceArguments:
         typer.Option(
             "--confidence",
             help="Say how sure the model is, for questions with a short answer: more answers to the same prompt are "
-            "drawn, at temperature 0.8, and compared. Of each, the first line counts, at most 32 tokens. 1: all say "
+            "drawn, at temperature 0.5, and compared. Of each, the first line counts, at most 32 tokens. 1: all say "
             "the same, 0: no two do. Of long answers it knows only how they begin, and a model can be sure and wrong.",
         ),
     ] = False

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -108,11 +109,21 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         """
         self.notes: list[str] = []
         self._wish = Wish(
-            mode, boundaries, pack, thresholds, max_disagreement, theta, cap, audit_rate, kernels, profile, targets
+            mode,
+            boundaries,
+            pack,
+            thresholds,
+            max_disagreement,
+            theta,
+            cap,
+            audit_rate,
+            kernels,
+            profile,
+            dict(targets) if isinstance(targets, Mapping) else targets,
         )
         self._flash_attn = arguments.get("flash_attn")
         usual = defaults_of(profile)
-        if usual is not None:
+        if usual is not None and left_to_llama(arguments) is None:
             arguments = {"n_ubatch": usual.n_batch, **arguments}
         most = (usual.n_threads if usual else 0) or default_threads()
         n_threads = arguments.get("n_threads") or most
@@ -149,6 +160,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         policies = policies_of(options, header, self._n_ctx, pack, self._note)
         files = files_for(policies, pack, self.model_path)
         self._ctx.close()  # its KV cache goes before ours comes
+        self._stack.callback(model.close)
         self._idle = Sampler(SamplingSettings(), model.n_vocab)
         self._stack.callback(self._idle.close)
         player = Player(
@@ -238,6 +250,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]
         engine = self._follow()
         if len(tokens):
             self._extend(tokens)
+            self._requires_eval = True  # until it is done: what was at hand is overwritten
             with _errors_of_llama():
                 engine.settle()
             self._sync()
@@ -286,6 +299,7 @@ class EdgeLlama(Llama):  # type: ignore[misc]
             if len(player.engine.tokens) < self._n_ctx:
                 player.engine.extend([token])
             yield token
+        self._requires_eval = True  # as long as something is computed
         player.use(chain)
         try:
             with closing(player.steps(self._n_ctx)) as steps:
@@ -294,9 +308,15 @@ class EdgeLlama(Llama):  # type: ignore[misc]
                     self._requires_eval = step.drafted or step.boundary is not None
                     if self._pilot is not None:
                         self._pilot.token()
+                    left_s = time.perf_counter()
                     yield step.token
+                    self._requires_eval = True
+                    if self._pilot is not None:
+                        self._pilot.resume(time.perf_counter() - left_s)
             if self.n_tokens < self._n_ctx:
-                yield chain.sample(player.engine.settle())
+                token = chain.sample(player.engine.settle())
+                self._requires_eval = False
+                yield token
         finally:
             player.use(self._idle)
         raise _does_not_fit(self._n_ctx + 1, self._n_ctx)

@@ -26,6 +26,8 @@ def defaults_of(profile: str | None) -> RunDefaults | None:
     """Threads and batch of a profile by name or path; None without one. Raises UsageError for one that is not there."""
     if profile is None:
         return None
+    if not isinstance(profile, str) or not profile:
+        raise UsageError(f"{profile!r} is no profile", "give its name, or the path of a .toml file")
     found = choose_profile(Machine(), platform.system(), platform.machine(), profile).profile
     return run_defaults(found, usable_cores())
 
@@ -37,13 +39,17 @@ def plan_targets(targets: str | Mapping[str, float] | None, profile: str | None,
     if isinstance(targets, str):
         return plan_steering(SteeringRequest(target=targets, device=profile), options)
     named = targets if isinstance(targets, Mapping) else {}
-    bad = [f"{key}={value!r}" for key, value in named.items() if key not in _NUMBERS or not isinstance(value, Real)]
+    bad = [f"{key}={value!r}" for key, value in named.items() if key not in _NUMBERS or not _is_number(value)]
     if bad or not named:
         raise UsageError(
             f"these are no targets: {', '.join(bad) or repr(targets)}",
             f"give the name of one of the profile's targets, or a dict of numbers by name: {', '.join(_NUMBERS)}",
         )
     return plan_steering(SteeringRequest(**named, device=profile), options)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @contextmanager

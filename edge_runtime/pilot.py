@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import Any, Protocol
 
-from .control import AuditCounts, Controller, Ladder, Observation, Rung, ladder_of
+from .control import AuditCounts, Controller, Finding, Ladder, Observation, Rung, ladder_of
 from .energy.model import PowerModel
 from .errors import PackError
 from .exits.pack import ExitPack
@@ -282,7 +282,7 @@ class Pilot:
         self._audit_rate = 1.0  # before the first decision nothing is audited
         self._engine = controls.engine
         self._since_s = self._token_s = 0.0
-        self._n_tokens = 0.0
+        self._n_tokens = self._spent_s = 0.0
         self._prompt = True  # its first token is still to come
         self._counted = controls.stats
         self._seen = copy_stats(controls.stats)
@@ -297,11 +297,31 @@ class Pilot:
         """The setting in force; None before the first decision."""
         return self._rung
 
-    def token(self, count: float = 1.0) -> None:
-        """After each token: rest, if that is the rung, and decide anew when it is time.
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What people should know of the targets: what cannot be held, or not be known."""
+        return self._controller.findings
 
-        The first one came with the prompt, whose time says nothing of a token's and is not rested for. Where several
-        answers are written together, `count` is how many tokens each of them got, on average.
+    def batch(self, took_s: float, count: float) -> None:
+        """After a batch of several conversations that took `took_s`: rest for it, and decide anew when it is time.
+
+        `count` is how many tokens each answer got in it, on average; 0: it was a prompt's, too, or nobody's, and its
+        time says nothing of a token's.
+        """
+        if self._rung is not None and self._rung.rest:
+            rest_s = took_s * self._rung.rest / (1 - self._rung.rest)
+            self._sleep(rest_s)
+            took_s += rest_s
+        if count:
+            self._n_tokens += count
+            self._spent_s += took_s
+        if self._now() - self._since_s >= STEP_S or self._disagreed():
+            self._decide(1e3 * self._spent_s / self._n_tokens if self._n_tokens else None)
+
+    def token(self) -> None:
+        """After each token of the one answer: rest, if that is the rung, and decide anew when it is time.
+
+        The first one came with the prompt, whose time says nothing of a token's and is not rested for.
         """
         if self._rung is not None and self._controls.engine is not self._engine:
             self._apply(self._rung)
@@ -312,13 +332,18 @@ class Pilot:
             if self._disagreed():
                 self._decide(None)
             return
-        self._n_tokens += count
+        self._n_tokens += 1
         if self._rung is not None and self._rung.rest:
             self._sleep((self._now() - self._token_s) * self._rung.rest / (1 - self._rung.rest))
         passed_s = self._now() - self._since_s
         if passed_s >= STEP_S or self._disagreed():
             self._decide(1e3 * passed_s / self._n_tokens)
         self._token_s = self._now()
+
+    def resume(self, away_s: float) -> None:
+        """Between tokens, after `away_s` in which whoever reads them kept everything waiting."""
+        self._token_s += away_s
+        self._since_s += away_s
 
     def _disagreed(self) -> bool:
         """Whether audits have found something since the last decision."""
@@ -335,12 +360,13 @@ class Pilot:
         reading = self._estimate(self._latest() or Reading(now_s), time_per_token_ms)
         observation = Observation(now_s, reading, time_per_token_ms)
         decision = self._controller.observe(observation, self._counts())
-        if decision.rung != self._rung:
+        anew = self._controls.engine is not self._engine
+        if decision.rung != self._rung or anew:
             self._apply(decision.rung)
-        if decision.audit_rate != self._audit_rate or self._rung is None:
+        if decision.audit_rate != self._audit_rate or self._rung is None or anew:
             self._controls.set_audit_rate(decision.audit_rate)
         self._audit_rate, self._rung = decision.audit_rate, decision.rung
-        self._since_s, self._n_tokens = now_s, 0.0
+        self._since_s, self._n_tokens, self._spent_s = now_s, 0.0, 0.0
 
     def _counts(self) -> AuditCounts:
         """What happened since the last decision.

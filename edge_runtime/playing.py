@@ -73,6 +73,7 @@ class Player:
             if probes is not None and policy.mode is Mode.EXIT:
                 probes.at(policy.boundaries or ())  # refuses one that sees no state there
         self._chooser: Chooser | None = None
+        self._said: float | None = None  # by the probe, of a prompt whose answer another policy went on with
         self._opened = ExitStack()
         self.start_counts()
         first, *others = policies
@@ -217,7 +218,9 @@ class Player:
         # the newest token is always run again, for its logits
         n_reused = min(common, len(tokens) - 1, engine.n_computed)
         engine.rollback(common)
+        self.sampler.rewind(engine.tokens)  # whatever was interrupted
         engine.extend(tokens[common:])
+        self._said = None
         if self._watch is not None:
             self._watch.begin(len(tokens))
         return n_reused
@@ -225,7 +228,7 @@ class Player:
     @property
     def prompt_uncertainty(self) -> float | None:
         """Probability of high semantic entropy that a probe gave the latest prompt; None without one, or not yet."""
-        return None if self._watch is None else self._watch.probability
+        return self._said if self._watch is None else self._watch.probability
 
     def choose(self, n_held: int) -> bool:
         """Before an answer to a text of which `n_held` tokens are held: whether another policy, with none, plays."""
@@ -269,6 +272,7 @@ class Player:
         engine, name = self.engine, self._playing
         taken, base = self._chooser.latest, self._chooser.estimate(next(iter(self.policies)))
         self.left = f"{POLICIES[name]} took {taken:.2f} times plain full depth's time, without them it is {base:.2f}"
+        self._said = self.prompt_uncertainty
         if self.options.mode is Mode.EXIT:
             engine.settle()  # what exited and still waits is audited, as it would have been
         self._play(self._chooser.fall_back(self._change_cost(len(engine.tokens))))

@@ -42,7 +42,9 @@ def serve(
     pack: Annotated[str | None, typer.Option(help="Mode exit: name or path of an exit pack.", metavar="PACK")] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option(help="Mode exit: share of exits that may differ from full depth, certified.", metavar="SHARE"),
+        typer.Option(
+            help="Mode exit: share of exits that may differ from full depth, certified; 0: the usual.", metavar="SHARE"
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = None,

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import zlib
+from contextlib import ExitStack
 
 import psutil
 
@@ -121,12 +122,13 @@ def open_slices(
                     want_hidden=last and want_last_hidden,
                 )
             )
+        return slices
     except BaseException:
         close_slices(slices)
         raise
-    return slices
 
 
 def close_slices(slices: list[Slice]) -> None:
-    for item in slices:
-        item.close()
+    with ExitStack() as closing:  # all of them, though one be interrupted
+        for item in slices:
+            closing.callback(item.close)

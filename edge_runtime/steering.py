@@ -107,15 +107,19 @@ class Plan:
     pack: ExitPack | None = None  # whose certified exits may be used, in mode exit
 
 
-def plan_steering(request: SteeringRequest, options: RunOptions, machine: Machine | None = None) -> Plan | None:
+def plan_steering(
+    request: SteeringRequest, options: RunOptions, machine: Machine | None = None, pack: ExitPack | None = None
+) -> Plan | None:
     """What is to be done in a run with `options`, checked before anything is loaded; None if nothing is asked.
+
+    `pack` is the run's, if it is loaded already.
 
     Raises UsageError for a mode in which nothing can be held, targets that are none, and a device that is unknown or
     whose profile has no power model; PackError for an exit pack that cannot be used.
     """
     if not request.wanted:
         return None
-    pack = _certifying_pack(options)
+    pack = _certifying_pack(options, pack)
     profile = choose_profile(machine or Machine(), platform.system(), platform.machine(), request.device).profile
     targets, power = targets_of(request, profile), PowerModel.of(profile)
     if power is None:
@@ -128,7 +132,7 @@ def plan_steering(request: SteeringRequest, options: RunOptions, machine: Machin
     return Plan(request, profile, power, targets, pack)
 
 
-def _certifying_pack(options: RunOptions) -> ExitPack | None:
+def _certifying_pack(options: RunOptions, loaded: ExitPack | None) -> ExitPack | None:
     """What certifies the exits of a run; None in modes without exits. Raises UsageError where nothing does."""
     if options.mode is Mode.MARGIN:
         raise UsageError("targets cannot be held in mode margin", "use --mode verified, which is lossless")
@@ -143,7 +147,7 @@ def _certifying_pack(options: RunOptions) -> ExitPack | None:
         raise UsageError(f"{why}, and no exit pack was given", "give one with --pack, or use --mode verified")
     if options.thresholds is not None:
         raise UsageError(f"{why}, and nothing is certified of a --threshold of your own", "leave --threshold out")
-    pack = ExitPack.load(find_exit_pack(options.pack))
+    pack = loaded or ExitPack.load(find_exit_pack(options.pack))
     if options.head == "shared" and not pack.shared:
         raise UsageError(
             f"{why}, and the exit pack '{pack.name}' certifies nothing of the model's own output head",
@@ -161,12 +165,17 @@ def _budget(request: SteeringRequest, profile: Profile, options: RunOptions) -> 
 
 @contextmanager
 def steering(
-    plan: Plan, steered: Steerable, sampler: Sampler, say: Say, now: Callable[[], float] = time.perf_counter
+    plan: Plan,
+    steered: Steerable,
+    sampler: Sampler,
+    say: Say,
+    now: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Pilot]:
     """Settings are chosen while inside, by what the running `sampler` reads; `say` gets what is to be explained.
 
-    `now` is the clock that its readings have. What is `steered` is left with the settings chosen last. Raises
-    UsageError if the log cannot be written.
+    `now` is the clock that its readings have, `sleep` what rests. What is `steered` is left with the settings chosen
+    last. Raises UsageError if the log cannot be written.
     """
     start_s = now()
     with ExitStack() as opened:
@@ -181,7 +190,7 @@ def steering(
         targets = answerable(plan, first_reading(sampler, now), say)
         controller = Controller(targets, ladder, hear, _settings(steered, exits))
         estimate = _Estimate(plan.power, os.cpu_count() or 1, gb_per_token)
-        pilot = Pilot(controller, steered, lambda: sampler.latest, now, time.sleep, estimate)
+        pilot = Pilot(controller, steered, lambda: sampler.latest, now, sleep, estimate)
         pilot.begin()
         try:
             yield pilot
@@ -312,7 +321,8 @@ def token_times(steered: Steerable, say: Say) -> dict[int, TokenTimes]:
         return steered.times
     options = steered.options
     most = options.n_threads or default_threads()
-    counts = range(1, most + 1)
+    # more threads than the machine has are never tried, unless the run itself has so many
+    counts = [*range(1, min(most, os.cpu_count() or most) + 1), *([most] if most > (os.cpu_count() or most) else [])]
     exits = options.mode is Mode.EXIT
     batch = min(LATE_BATCH, engine_settings(options).cap + 1, options.n_batch) if exits else 0
     kept = Kept(
@@ -326,7 +336,7 @@ def token_times(steered: Steerable, say: Say) -> dict[int, TokenTimes]:
     )
     times = kept.read(lambda rows: times_from_json(rows, counts, batch))
     if times is None:
-        threads = "1 thread" if most == 1 else f"1 to {most} threads"
+        threads = "1 thread" if most == 1 else f"1 to {counts[-1]} threads"
         say(f"measure the time of a token with {threads}, once for this model and machine")
         times, steady = measure_token_times(steered.slices, counts, batch)
         if steady:

@@ -16,10 +16,12 @@ from edge_runtime.auto import Round
 from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.errors import PackError, UsageError
 from edge_runtime.exits.costs import Costs
+from edge_runtime.generate import RunOptions, Runtime
 from edge_runtime.llama import EdgeLlama
+from edge_runtime.native.context import Context
 from edge_runtime.pilot import Pilot, TokenTimes
 from edge_runtime.playing import Player
-from edge_runtime.types import Mode
+from edge_runtime.types import Mode, SamplingSettings
 
 pytestmark = pytest.mark.model
 
@@ -150,6 +152,37 @@ def test_an_interrupted_change_is_made_up_for(
         assert answers(llama) == full["greedy"]
 
 
+@pytest.mark.parametrize("mode", ["full", "auto"])
+@pytest.mark.parametrize("what", ["eval", "generate"])
+def test_logits_that_an_interrupted_decode_has_overwritten_are_not_used(
+    open_llama: Opener, mode: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_llama(mode=mode) as llama, open_llama(mode="full") as other:
+        tokens = llama.tokenize(b"Once upon a time there was a fox")
+        stream = llama.generate(tokens, temp=0.0)
+        for _ in range(5):
+            next(stream)
+        decode = Context._decode
+
+        def interrupted(self: Context, *arguments: Any) -> None:
+            decode(self, *arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "_decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream) if what == "generate" else llama.eval(llama.tokenize(b" and a dog", add_bos=False))
+        text = llama._input_ids.tolist()
+        assert next(llama.generate([], temp=0.0, reset=False)) == next(other.generate(text, temp=0.0))
+
+
+def test_what_is_closed_is_an_error_and_no_crash(demo_path: Path) -> None:
+    with Runtime(RunOptions(str(demo_path), n_ctx=256, sampling=SamplingSettings(0.8, repeat_penalty=1.2))) as runtime:
+        next(runtime.stream([5, 6], 5))
+    with pytest.raises(UsageError, match="closed"):
+        next(runtime.stream([5, 6], 5))
+
+
 # ── targets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -177,6 +210,15 @@ def test_a_profile_sets_what_is_not_said(open_llama: Opener) -> None:
         assert llama._player.options.n_batch == 32
 
 
+def test_a_profiles_batch_is_not_for_what_llama_does_itself(open_llama: Opener) -> None:
+    with (
+        open_llama(embedding=True, pooling_type=2, profile="x86-64") as llama,
+        open_llama(embedding=True, pooling_type=2) as plain,
+    ):
+        text = "word " * 300
+        assert llama.embed(text) == plain.embed(text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,7 +230,10 @@ def test_a_profile_sets_what_is_not_said(open_llama: Opener) -> None:
         ({"targets": {"power_cap_w": -5.0}}, "a power cap of -5.0 W cannot be held"),
         ({"targets": "quiet", "profile": "pi5", "mode": "margin"}, "targets cannot be held in mode margin"),
         ({"targets": "quiet", "profile": "pi5", "logits_all": True}, "targets cannot be had together with logits_all"),
+        ({"targets": {"latency_ms": True}}, "these are no targets: latency_ms=True"),
         ({"profile": "no-such-board"}, "no-such-board"),
+        ({"profile": ""}, "'' is no profile"),
+        ({"profile": 5}, "5 is no profile"),
     ],
 )
 def test_targets_that_are_none_are_refused(open_llama: Opener, arguments: dict[str, Any], message: str) -> None:

@@ -488,3 +488,55 @@ def test_without_a_budget_no_token_may_exit_whatever_is_asked() -> None:
     wheel = steered(0.0)
     wheel.tokens(100, 0.1)
     assert wheel.controls.thresholds == [(0.0, 0.0)]
+
+
+# ── between batches of several conversations ────────────────────────────────────────────────────────────────────────
+
+
+def batches(wheel: Wheel, n: int, seconds: float, count: float) -> None:
+    for _ in range(n):
+        wheel.now_s += seconds
+        wheel.pilot.batch(seconds, count)
+
+
+def test_each_batch_is_rested_for_by_its_own_time() -> None:
+    wheel = Wheel(RESTING)
+    wheel.pilot.begin()
+    wheel.now_s += 1000.0  # nobody asked for anything
+    batches(wheel, 1, 0.1, 0)  # a prompt's
+    batches(wheel, 1, 0.02, 1)
+    assert wheel.rests == [pytest.approx(0.3), pytest.approx(0.06)]
+
+
+def test_prompts_say_nothing_of_the_time_per_token() -> None:
+    wheel = Wheel(FULL)
+    wheel.pilot.begin()
+    batches(wheel, 3, 0.1, 0)
+    batches(wheel, 2, 0.125, 2.5)
+    told = [(o.time_s, o.time_per_token_ms) for o in wheel.controller.told]
+    assert told == [(100.0, None), (pytest.approx(100.55), pytest.approx(50.0))]
+    batches(wheel, 6, 0.1, 0)
+    assert wheel.controller.told[-1].time_per_token_ms is None
+
+
+# ── who reads the tokens ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reader_that_takes_its_time_is_not_rested_for() -> None:
+    wheel = Wheel(RESTING)
+    wheel.pilot.begin()
+    wheel.tokens(1, 0.1)
+    wheel.now_s += 10.0
+    wheel.pilot.resume(10.0)
+    wheel.tokens(1, 0.1)
+    assert wheel.rests == [pytest.approx(0.3)]
+    assert len(wheel.controller.told) == 1
+
+
+def test_another_engine_hears_of_the_rung_before_the_prompt() -> None:
+    wheel = Wheel(RESTING)
+    wheel.pilot.begin()
+    wheel.controls.engine = object()
+    wheel.pilot.begin()
+    assert wheel.controls.threads == [1, 1]
+    assert len(wheel.controls.rates) == 2

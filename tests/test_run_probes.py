@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime import playing
+from edge_runtime import opening, playing
+from edge_runtime.batch_costs import BatchCosts
 from edge_runtime.display import footer
 from edge_runtime.errors import PackError, UsageError
+from edge_runtime.exits.costs import Costs
 from edge_runtime.exits.pack import this_library
 from edge_runtime.exits.probe_file import ProbeFile
 from edge_runtime.exits.thresholds import Rung
@@ -111,6 +113,28 @@ def test_in_mode_auto_it_matters_to_exits_only(
     auto = dataclasses.replace(options, mode=Mode.AUTO, probe=probe(0.0, layer=3))
     with pytest.raises(UsageError, match="reads states behind layer"):
         Runtime(auto)
+
+
+def test_what_the_probe_said_outlasts_a_change_of_policy(
+    options: RunOptions, probe: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Costs((2, 4), ((1.0, 1.2),) * 3, (1.0, 1.2), ((0.1, 0.1),) * 2, (3.0, 3.3))
+    monkeypatch.setattr(
+        opening, "measure_batch_costs", lambda *_: BatchCosts((1, 16), (1.0, 1.3), 1e-3, invariant=True)
+    )
+    monkeypatch.setattr(playing, "kept_part_costs", lambda *_: costs)
+    monkeypatch.setattr(playing, "predicted_time", lambda _pack, mode, *_, **__: 0.5 if mode is Mode.EXIT else 2.0)
+    count = playing.Player._count
+    slow = 1e-2  # ten times what a token should take
+    monkeypatch.setattr(
+        playing.Player, "_count", lambda self, done: count(self, dataclasses.replace(done, seconds=slow * done.tokens))
+    )
+    with Runtime(dataclasses.replace(options, mode=Mode.AUTO, probe=probe(-1.0))) as runtime:
+        list(runtime.stream(runtime.text_tokens(PROMPTS[0]), 60))
+        assert runtime.summary.left is not None
+        assert runtime.summary.prompt_uncertainty == pytest.approx(0.269, abs=1e-3)
+        list(runtime.stream(runtime.text_tokens(PROMPTS[1]), 4))
+        assert runtime.summary.prompt_uncertainty is None or runtime.options.mode is Mode.EXIT
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from edge_runtime.steering import Plan, SteeringRequest, plan_steering
 from edge_runtime.types import Mode, SamplingSettings
 
 from .exit_fakes import random_pack
-from .serving_helpers import CHAT, Rig, ask, chat, rig
+from .serving_helpers import CHAT, LIMITS, Rig, ask, chat, rig
 
 COMPLETIONS = "/v1/completions"
 N_LAYER = 7
@@ -224,28 +224,32 @@ def configured(tmp_path: Path, **given: Any) -> LoadedConfig:
     )
 
 
+def targets(loaded: LoadedConfig, run: RunOptions) -> Plan | None:
+    return plan_targets(loaded, run, None, loaded.config.device.profile)
+
+
 def test_a_profiles_own_targets_are_held(tmp_path: Path) -> None:
-    plan = plan_targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.VERIFIED))
+    plan = targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.VERIFIED))
     assert plan is not None
     assert plan.targets.ceiling_c == load_profile("pi5").targets["balanced"].temp_ceiling_c
     assert plan.request.ceiling_c is None  # nobody but the profile asked for it
-    assert plan_targets(configured(tmp_path, device__profile="pi5", device__target="none"), RunOptions()) is None
+    assert targets(configured(tmp_path, device__profile="pi5", device__target="none"), RunOptions()) is None
 
 
 def test_what_is_asked_for_is_held_or_refused(tmp_path: Path) -> None:
     loaded = configured(tmp_path, device__profile="pi5", device__power_cap_w=4.0)
-    plan = plan_targets(loaded, RunOptions(mode=Mode.VERIFIED))
+    plan = targets(loaded, RunOptions(mode=Mode.VERIFIED))
     assert plan is not None
     assert plan.request.power_cap_w == plan.targets.power_cap_w == 4.0
     with pytest.raises(UsageError, match="mode margin"):
-        plan_targets(loaded, RunOptions(mode=Mode.MARGIN))
-    assert plan_targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.MARGIN)) is None
+        targets(loaded, RunOptions(mode=Mode.MARGIN))
+    assert targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.MARGIN)) is None
 
 
 def test_a_target_that_nobody_chose_closes_no_exits(tmp_path: Path, exiting: RunOptions) -> None:
     asked = replace(exiting, max_disagreement=None)
-    assert plan_targets(configured(tmp_path, device__profile="pi5"), asked) is None
-    chosen = plan_targets(configured(tmp_path, device__profile="pi5", device__target="balanced"), asked)
+    assert targets(configured(tmp_path, device__profile="pi5"), asked) is None
+    chosen = targets(configured(tmp_path, device__profile="pi5", device__target="balanced"), asked)
     assert chosen is not None
     assert chosen.targets.budget == 0
 
@@ -256,10 +260,77 @@ def test_a_ceiling_that_no_sensor_can_speak_of_changes_nothing(
     monkeypatch.setattr(steering, "measure_token_times", lambda *_: pytest.fail("there is nothing to choose"))
 
     async def test(made: Rig) -> None:
-        plan = plan_targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.VERIFIED))
+        plan = targets(configured(tmp_path, device__profile="pi5"), RunOptions(mode=Mode.VERIFIED))
         assert plan is not None
         made.thread.hold(plan)
         await answered(made)
         assert "threads" not in metrics(made)
 
     serve(path, test)
+
+
+@pytest.mark.parametrize("key", ["power_cap_w", "temp_ceiling_c"])
+def test_nothing_is_nothing_of_the_profile_either(tmp_path: Path, key: str) -> None:
+    given = {"device__profile": "pi5", "device__target": "battery"}
+    held, without = (
+        targets(configured(tmp_path, **given, **more), RunOptions()) for more in ({}, {f"device__{key}": 0.0})
+    )
+    assert held is not None
+    assert without is not None
+    name = {"power_cap_w": "power_cap_w", "temp_ceiling_c": "ceiling_c"}[key]
+    assert getattr(held.targets, name) is not None
+    assert getattr(without.targets, name) is None
+
+
+def test_a_cap_alone_leaves_certified_exits(tmp_path: Path, exiting: RunOptions) -> None:
+    asked = replace(exiting, max_disagreement=None)
+    plan = targets(configured(tmp_path, device__profile="pi5", device__power_cap_w=4.0), asked)
+    assert plan is not None
+    assert plan.targets.budget > 0
+
+
+def test_a_pack_is_not_read_again(tmp_path: Path, pack: ExitPack, exiting: RunOptions) -> None:
+    loaded = configured(tmp_path, device__profile="pi5", device__target="quiet")
+    (tmp_path / "pack.gguf").unlink()
+    plan = plan_targets(loaded, exiting, pack, "pi5")
+    assert plan is not None
+    assert plan.pack is pack
+
+
+def test_targets_come_to_a_server_that_is_never_idle(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(steering, "measure_token_times", lambda *_: (TIMES, False))
+
+    async def test(made: Rig) -> None:
+        ended = False
+
+        async def client() -> None:
+            while not ended:
+                await answered(made)
+
+        clients = [asyncio.create_task(client()) for _ in range(2)]
+        await answered(made)
+        made.thread.hold(planned(latency_ms=60_000.0))
+        while "threads" not in metrics(made):
+            await answered(made)
+        ended = True
+        await asyncio.gather(*clients)
+
+    serve(path, test, limits=replace(LIMITS, queue_length=4))
+
+
+def test_what_cannot_be_held_is_told(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(steering, "measure_token_times", lambda *_: (TIMES, False))
+
+    async def test(made: Rig) -> None:
+        made.thread.hold(planned(power_cap_w=0.1))
+        await answered(made)
+
+    with caplog.at_level("WARNING", "edge_runtime.serving"):
+        serve(path, test)
+    assert any("0.1 W" in record.message for record in caplog.records)

@@ -123,6 +123,11 @@ class Conversations(ABC):
         return len(self._waiting)
 
     @property
+    def n_reading(self) -> int:
+        """Requests with a place whose prompt is not computed yet."""
+        return sum(not request.answer for request in self._running)
+
+    @property
     def idle(self) -> bool:
         """Whether a step would do nothing and tell nothing."""
         return not (self._waiting or self._running or self._events)

@@ -96,7 +96,7 @@ class ExitBatchEngine(Conversations):
         super().__init__(model, options, boundaries, n_rows, n * n_rows, clock)
         self._last = len(self.slices) - 1
         self._following = sources.wants_states and any(self._speaks)
-        self._flows = [Flow(self.slices, self._n_batch) for _ in range(n)]
+        self._flows = [Flow(self.slices, min(self._n_batch, self.n_ctx)) for _ in range(n)]
         self._states: Floats = np.zeros((self._n_batch, self.slices[0].n_embd), np.float32)
         self._random = random.Random(settings.audit_seed)
 

@@ -98,7 +98,7 @@ class GuidedChain(Chain):
             self._c.llama_sampler_accept(self._grammar, token)
 
     def close(self) -> None:
-        super().close()
         if self._grammar is not None:
             self._c.llama_sampler_free(self._grammar)
             self._grammar = None
+        super().close()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..types import Floats, SamplingSettings, TokenIds
-from .library import load
+from .library import Closed, load
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
@@ -83,7 +83,8 @@ class Chain:
     def close(self) -> None:
         if self._handle:
             self._c.llama_sampler_free(self._handle)
-            self._handle = None
+            self._handle = self._repeats = None
+            self._c = Closed("this sampler")
 
 
 class SamplerChain(Chain):

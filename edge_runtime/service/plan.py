@@ -17,12 +17,14 @@ from ..memory import MemoryNeed, estimate_need
 from ..models import DEMO_MODEL, ENV_MODELS, find_model
 from ..native import ContextOptions, KvType, read_header
 from ..profiles import DEVICE_ENV, profiles_dir
+from ..resolve import DEFAULT_CAP
 from .unit import OLDEST_SYSTEMD, UnitPlan
 
 _HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))  # by ProtectHome=
 _PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # by PrivateTmp=
 _DEFAULT_CTX = 2048
 _SLICES, _OUTPUTS = 3, 16  # two boundaries, and drafts of 15 tokens: what is usual
+_N_BATCH = 128
 _MARGIN = 1.25  # the need is an estimate
 _INTERPRETER_MIB = 512  # Python, its libraries and the bodies of requests
 _STEP_MIB = 64
@@ -174,8 +176,11 @@ def _need(path: Path, loaded: LoadedConfig) -> MemoryNeed:
     """What the model takes with all conversations open. Raises a ModelError."""
     header, config = read_header(str(path)), loaded.config
     n_ctx = config.model.ctx or min(_DEFAULT_CTX, header.n_ctx_train or _DEFAULT_CTX)
-    cells = min(n_ctx * config.limits.max_conversations, 2**31 - 1)
-    return estimate_need(header, ContextOptions(n_ctx=cells, kv_type=KvType(config.model.kv_type)), _SLICES, _OUTPUTS)
+    n = config.limits.max_conversations
+    rows = n * (DEFAULT_CAP + 1) if config.model.mode == "exit" else max(n, _OUTPUTS)  # that get logits
+    cells = min(n_ctx * n, 2**31 - 1)
+    options = ContextOptions(n_ctx=cells, n_batch=max(_N_BATCH, rows), kv_type=KvType(config.model.kv_type))
+    return estimate_need(header, options, _SLICES, rows)
 
 
 def _memory_mib(need: MemoryNeed) -> int:

@@ -84,6 +84,10 @@ def plan_backend(config: Config, note: Note) -> Plan:
     )
     run = next(iter(policies_of(asked, header, n_ctx, pack, note).values()))
     n_rows = n_outputs(run)
+    if mode is Mode.EXIT and n_ctx < n_rows:
+        raise UsageError(
+            f"a context of {n_ctx} tokens is too small for mode exit", f"set model.ctx to {n_rows} or more"
+        )
     options = replace(
         context_options(run),
         n_ctx=n_ctx * n,
@@ -186,6 +190,11 @@ class Backend:
 
     def _set_thresholds(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers that a token can take."""
+        return (*(self.plan.run.boundaries or ()), self.model.n_layer)
 
     @property
     def exits(self) -> dict[int, float]:

@@ -12,6 +12,7 @@ from ..batching import Conversations, ExitBatchEngine
 from ..config import NO_TARGET
 from ..config_load import LoadedConfig
 from ..errors import UsageError
+from ..exits.pack import ExitPack
 from ..native import Model
 from ..pilot import Pilot, TokenTimes
 from ..resolve import RunOptions, thresholds_of
@@ -25,8 +26,8 @@ logger = logging.getLogger("edge_runtime.serving")
 NOW = time.perf_counter  # the clock of readings and of pilots
 
 
-def plan_targets(loaded: LoadedConfig, run: RunOptions) -> Plan | None:
-    """What a server holds that runs as `run` says; None if nothing is asked for.
+def plan_targets(loaded: LoadedConfig, run: RunOptions, pack: ExitPack | None, profile: str | None) -> Plan | None:
+    """What a server holds that runs as `run` says, with `pack`, on the device of `profile`; None if nothing is asked.
 
     What nobody but the profile asks for is held as far as the device allows, and not in mode exit. Raises UsageError
     for what was asked for and cannot be held.
@@ -36,25 +37,32 @@ def plan_targets(loaded: LoadedConfig, run: RunOptions) -> Plan | None:
     def asked(name: str) -> bool:
         return not origins[f"device.{name}"].startswith(("default", "device profile"))
 
+    exits = run.mode is Mode.EXIT  # which a target that nobody chose would close, though nothing needs it
     request = SteeringRequest(
-        target=None if config.target == NO_TARGET else config.target,
+        target=None if config.target == NO_TARGET or (exits and not asked("target")) else config.target,
         power_cap_w=config.power_cap_w if asked("power_cap_w") else None,
         ceiling_c=config.temp_ceiling_c if asked("temp_ceiling_c") else None,
-        device=config.profile,
+        device=profile,
     )
     run = replace(run, thresholds=None)  # of the pack: nobody can give a server others
     wanted = any(map(asked, ("target", "power_cap_w", "temp_ceiling_c")))
-    if run.mode is Mode.EXIT and not wanted:  # they would close exits that nothing needs
+    if exits and not wanted:
         logger.info("in mode exit, only targets that are asked for are held")
         return None
     try:
-        plan = plan_steering(request, run)
+        plan = plan_steering(request, run, pack=pack)
     except UsageError as error:
         if wanted:
             raise
         logger.info("no targets are held: %s", error.message)
         return None
-    return plan if plan is not None and _matters(plan) else None
+    if plan is None:
+        return None
+    if asked("power_cap_w") and config.power_cap_w is None:  # 0: not the profile's either
+        plan = replace(plan, targets=replace(plan.targets, power_cap_w=None))
+    if asked("temp_ceiling_c") and config.temp_ceiling_c is None:
+        plan = replace(plan, targets=replace(plan.targets, ceiling_c=None))
+    return plan if _matters(plan) else None
 
 
 def _matters(plan: Plan) -> bool:
@@ -115,8 +123,10 @@ class SteeredEngine:
 
 
 @contextmanager
-def held(plan: Plan | None, steered: SteeredEngine, sampler: Sampler) -> Iterator[Pilot | None]:
-    """The targets are held while inside; without any, all is as the configuration says.
+def held(
+    plan: Plan | None, steered: SteeredEngine, sampler: Sampler, sleep: Callable[[float], None]
+) -> Iterator[Pilot | None]:
+    """The targets are held while inside, with rests by `sleep`; without any, all is as the configuration says.
 
     No answer may be under way as long as `steered.times` are not known.
     """
@@ -127,7 +137,9 @@ def held(plan: Plan | None, steered: SteeredEngine, sampler: Sampler) -> Iterato
         return
     if steered.times is None:
         steered.empty()
-    with steering(plan, steered, sampler, _tell, NOW) as pilot:
+    with steering(plan, steered, sampler, _tell, NOW, sleep) as pilot:
+        for finding in pilot.findings:
+            _tell(f"warning: {finding.text}")
         try:
             yield pilot
         finally:

@@ -50,6 +50,7 @@ class Metrics:
         self.load: Callable[[], Load] | None = None
         self.engine: Callable[[], BatchStats | None] = lambda: None
         self.exits: Callable[[], Mapping[int, float]] = dict  # thresholds in force, by layer
+        self.depths: tuple[int, ...] = ()  # layers that a token can take
         self.rung: Callable[[], Rung | None] = lambda: None  # the setting in force where targets are held
         self.thresholds: dict[tuple[str, str], float] = {}  # of the label pack, by stage and label
         self.state_saved = True
@@ -138,7 +139,7 @@ class _Now(Collector):
             ("evicted_conversations", "Conversations given up for another", stats.evicted),
         ):
             yield _counter(name, text, value)
-        yield _depths(dict(stats.by_depth))
+        yield _depths({**dict.fromkeys(metrics.depths, 0), **stats.by_depth})
 
     def _of_control(self) -> Iterator[Metric]:
         exits = GaugeMetricFamily(

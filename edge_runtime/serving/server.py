@@ -61,7 +61,8 @@ class Server:
         self._loaded, self._sources = loaded, sources
         config = loaded.config
         self._plan = plan_backend(config, logger.warning)
-        targets = plan_targets(loaded, self._plan.run)
+        self._mode, self._device = config.model.mode, config.device.profile  # of this process, whatever is read later
+        targets = plan_targets(loaded, self._plan.run, self._plan.pack, config.device.profile)
         self._listeners = open_listeners(config.server.host, config.server.port, os.environ)
         rules = self._rules(config)
         self._notifier: Notifier = notifier(os.environ)
@@ -109,7 +110,7 @@ class Server:
             logger.warning("nothing was learnt before: %s", saved.reason)
         backend = Backend(self._plan, logger.warning, (saved.value or {}).get("backend"))
         self.service.backend = backend
-        self._metrics.exits = lambda: backend.exits
+        self._metrics.exits, self._metrics.depths = lambda: backend.exits, backend.depths
         return backend.opened(self._sampler)
 
     def _engine_changed(self) -> None:
@@ -230,7 +231,7 @@ class Server:
                 raise found.error
             config = found.loaded.config
             rules = self._rules(config)
-            targets = plan_targets(found.loaded, self._plan.run)
+            targets = plan_targets(found.loaded, self._plan.run, self._plan.pack, self._device)
         except EdgeError as error:
             logger.error("the configuration stays as it was: %s", error.message)
         else:
@@ -269,7 +270,7 @@ class Server:
         now, n_tokens = time.monotonic(), 0 if opened is None else opened.engine.stats.published
         (before, n_before), self._counted = self._counted, (now, n_tokens)
         speed = (n_tokens - n_before) / max(now - before, 1e-3)
-        parts = [self._plan.name, self._loaded.config.model.mode, f"{speed:.1f} tokens/s"]
+        parts = [self._plan.name, self._mode, f"{speed:.1f} tokens/s"]
         parts += [f"{load.running} running", f"{load.waiting} waiting"]
         if reading is not None and reading.temp_c is not None:
             parts.append(f"{reading.temp_c:.0f} °C")

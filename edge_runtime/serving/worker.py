@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from .metrics import Metrics
 logger = logging.getLogger("edge_runtime.serving")
 
 _STUCK_S = 120.0  # without a step while there is work: not ready
+_TICK_S = 1.0  # between signs of life in a rest
 _RETRY_S = 60  # the longest that a client is told to wait
 
 
@@ -191,6 +192,7 @@ class EngineThread:
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._targets or self._stopping)
             self._stepped_s = time.monotonic()
+        self._take_targets(opened)
         return self._take_in(opened)
 
     def _take_in(self, opened: Opened) -> bool:
@@ -198,7 +200,14 @@ class EngineThread:
         with self._changed:
             inbox, stopping = list(self._inbox), self._stopping
             self._inbox.clear()
-        self._take_targets(opened)
+        steered = opened.steered
+        if self._targets and steered is not None and steered.times is not None:
+            self._take_targets(opened)
+        if self._targets:  # times are to be measured first, which needs an idle engine: nobody new until then
+            kept = [entry for entry in inbox if entry[0].request is None]
+            inbox = [entry for entry in inbox if entry[0].request is not None]
+            with self._changed:
+                self._inbox.extendleft(reversed(kept))
         for answer, wanted in inbox:
             if not wanted:
                 if answer.request is not None:
@@ -212,25 +221,32 @@ class EngineThread:
         return not stopping
 
     def _take_targets(self, opened: Opened) -> None:
-        """Put new targets into force; where times must be measured for them first, once nothing else is done."""
-        steered, sampler, idle = opened.steered, opened.sampler, opened.engine.idle
-        if not self._targets or not (idle or (steered is not None and steered.times is not None)):
-            return
+        """Put new targets into force, if there are any."""
+        steered, sampler = opened.steered, opened.sampler
         with self._changed:
-            (targets,), self._targets = self._targets, []
+            found, self._targets = self._targets, []
+        if not found:
+            return
         self._stop_holding()
         if steered is None or sampler is None:
             return
         try:
-            self.pilot = self._held.enter_context(held(targets, steered, sampler))
+            self.pilot = self._held.enter_context(held(found[0], steered, sampler, self._rest))
         except EdgeError as error:
             logger.error("the targets are not held: %s", error.message)
-        if self.pilot is not None and not idle:
-            self.pilot.begin()
 
     def _stop_holding(self) -> None:
         self.pilot = None
         self._held.close()
+
+    def _rest(self, seconds: float) -> None:
+        """Compute nothing for a while; that is no lack of progress, and the end ends it."""
+        until_s = time.monotonic() + seconds
+        with self._changed:
+            while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
+                self._changed.wait(min(left_s, _TICK_S))
+                self._watchdog.tick()
+        self._stepped_s = time.monotonic()
 
     def _step(self, opened: Opened) -> None:
         engine, stats = opened.engine, opened.engine.stats
@@ -242,9 +258,8 @@ class EngineThread:
         if opened.costs is not None and stats.batches == batches + 1 and n_rows <= len(opened.costs):
             opened.costs.observe(n_rows, now - start)
         self._tell(events, now)
-        answers = [event.request for event in events if isinstance(event, Token)]
-        if self.pilot is not None and answers:
-            self.pilot.token(len(answers) / len(set(answers)))
+        if self.pilot is not None:
+            self.pilot.batch(now - start, _tokens_each(engine, events))
 
     def _tell(self, events: Iterable[Event], now: float) -> None:
         grown: dict[Request, int] = {}
@@ -291,6 +306,13 @@ class EngineThread:
         self._answers.clear()
         for answer in rest:
             self._end(answer, End(Finish.INTERRUPTED, error))
+
+
+def _tokens_each(engine: Conversations, events: Iterable[Event]) -> float:
+    """Tokens that each answer got in a step, on average; 0 for a step in which prompts were computed."""
+    got = Counter(event.request for event in events if isinstance(event, Token))
+    begun = any(len(request.answer) == n for request, n in got.items())
+    return 0.0 if not got or begun or engine.n_reading else got.total() / len(got)
 
 
 def _where(error: BaseException) -> str:
