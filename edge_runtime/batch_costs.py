@@ -162,10 +162,11 @@ def measure_batch_costs(
     first, *rest = slices
     route = first.route_to(rest) if rest else None
     taken: dict[int, list[float]] = {size: [] for size in sizes}
+    tokens = [0]
 
     def run(size: int) -> float:
         start = clock()
-        first.decode_tokens(list(range(size)), 0, range(size), route=route)
+        first.decode_tokens(tokens[:size], 0, range(size), route=route)
         slices[-1].synchronize()
         took = clock() - start
         for piece in slices:
@@ -174,6 +175,8 @@ def measure_batch_costs(
 
     try:
         run(1)  # the weights come from the disk now
+        n_vocab = len(slices[-1].logits(0))
+        tokens = [i % n_vocab for i in range(sizes[-1])]
         spent = 0.0
         for repeat in range(1, _REPEATS.stop):
             spent += run(1)  # after a larger batch the compute graph is made again, which later single tokens need not
@@ -183,7 +186,7 @@ def measure_batch_costs(
                 spent += took
             if repeat >= _REPEATS.start and spent >= _MOST_TOKENS * median_low(taken[1]):
                 break
-        invariant = _is_invariant(slices, sizes)
+        invariant = _is_invariant(slices, sizes, tokens)
     finally:
         for piece in slices:
             piece.remove(0)
@@ -197,13 +200,13 @@ def measure_batch_costs(
     return BatchCosts(tuple(sizes), costs, one, invariant, steady)
 
 
-def _is_invariant(slices: Sequence[Slice], sizes: Sequence[int]) -> bool:
-    """Whether the logits of the first tokens have the same bits one by one and in a batch of each of `sizes`."""
+def _is_invariant(slices: Sequence[Slice], sizes: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether the logits of `tokens` have the same bits one by one and, from the first, in a batch of each size."""
     first, *rest = slices
     route, last = first.route_to(rest) if rest else None, slices[-1]
 
     def logits(start: int, size: int) -> list[bytes]:
-        first.decode_tokens(list(range(start, start + size)), start, range(size), route=route)
+        first.decode_tokens(tokens[start : start + size], start, range(size), route=route)
         return [last.logits(row).tobytes() for row in range(size)]
 
     def forget() -> None:

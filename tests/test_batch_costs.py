@@ -143,6 +143,16 @@ def test_a_real_model(tiny_path: TinyMaker) -> None:
             close_slices(slices)
 
 
+@pytest.mark.parametrize("n_vocab", [1, 5])
+def test_a_vocabulary_smaller_than_a_batch(tiny_path: TinyMaker, n_vocab: int) -> None:
+    path = tiny_path("llama", n_layer=2, n_vocab=n_vocab)
+    with Model(str(path)) as model:
+        for boundaries in ((), (1,)):
+            slices = open_slices(model, boundaries, ContextOptions(n_ctx=64, n_threads=1), n_outputs_max=16)
+            assert measure_batch_costs(slices).sizes == SIZES
+            close_slices(slices)
+
+
 # ── between what was measured ───────────────────────────────────────────────────────────────────────────────────────
 
 
