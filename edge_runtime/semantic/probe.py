@@ -152,7 +152,7 @@ def fit_probe(
 
 def _held_out(states: Floats, high: NDArray[np.bool_], penalties: tuple[float, ...], seed: int) -> list[_Numbers]:
     """For each penalty, the probability (n,) of each prompt by a regression on others."""
-    found = [np.empty(len(high)) for _ in penalties]
+    found: list[_Numbers] = [np.empty(len(high)) for _ in penalties]
     for held in _folds(high, seed):
         mean, scale = _moments(states[~held])
         fitted = _logistic(_standardised(states[~held], mean, scale), high[~held], penalties)
@@ -203,7 +203,7 @@ def _logistic(inputs: _Numbers, high: NDArray[np.bool_], penalties: tuple[float,
     n_high, n_low = int(high.sum()), int((~high).sum())
     targets = np.where(high, (n_high + 1) / (n_high + 2), 1 / (n_low + 2))
     found = []
-    theta = np.zeros(inside.shape[1] + 1)
+    theta: _Numbers = np.zeros(inside.shape[1] + 1)
     theta[-1] = math.log(targets.mean() / (1 - targets.mean()))
     for penalty in penalties:  # each begins where the one before ended
         theta = _minimised(inside, targets, penalty * d, theta)
