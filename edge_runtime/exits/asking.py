@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
+from ..logistic import logistic_regression
 from ..types import Floats
-from .gate import logistic_regression
 
 KEPT = 0.95  # share of the exits that are still found
 _PENALTY = 30.0

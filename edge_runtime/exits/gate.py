@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PackError, UsageError
+from ..logistic import SURE, logistic_regression, probability
 from ..types import Floats, Signals
 
 # what logarithms are kept away from 0 by: below these, heads are not better known to be right
@@ -26,15 +27,10 @@ _TINY_SHARE = 1e-6
 _TINY_TURN = 1e-5
 
 _FAR = 8.0  # standard deviations: what lies further out was not seen when the gate was fitted
-_SURE = 40.0  # log-odds: as good as certain, and yet finite
 
 _FOLDS = 5
 _PENALTIES = (1000.0, 100.0, 10.0, 1.0)
-_LEAST_PENALTY = 1e-6
 _CONSTANT = 1e-6
-_STEPS = 60
-_SMALLEST_STEP = 1e-6
-_CONVERGED = 1e-12
 
 _Numbers = NDArray[np.float64]
 _Feature = tuple[str, Callable[[float], float], Callable[[_Numbers], _Numbers]]
@@ -104,7 +100,7 @@ class Gate:
                 score += weight * z
         except ValueError:  # the logarithm of what cannot be: a probability far above 1
             return math.nan
-        return 1.0 / (1.0 + math.exp(-max(min(score, _SURE), -_SURE)))
+        return 1.0 / (1.0 + math.exp(-max(min(score, SURE), -SURE)))
 
     def probabilities(self, values: Mapping[str, Floats]) -> Floats:
         """As `probability`, for columns (m,) of signals by their names."""
@@ -113,7 +109,7 @@ class Gate:
             for name, mean, scale, weight in zip(self.names, self.mean, self.scale, self.weights, strict=True):
                 if weight:
                     score += weight * np.clip((feature_column(name, values) - mean) * (1.0 / scale), -_FAR, _FAR)
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(score, -_SURE, _SURE))), np.float32)
+        return np.asarray(probability(score), np.float32)
 
 
 def feature_column(name: str, values: Mapping[str, Floats]) -> _Numbers:
@@ -206,32 +202,3 @@ def _best_penalty(
         p = np.clip(p[told], _TINY_SHARE, 1 - _TINY_SHARE)
         losses.append(float(-np.log(np.where(disagree[told], p, 1 - p)).sum()))
     return _PENALTIES[int(np.argmin(losses))]
-
-
-def logistic_regression(inputs: _Numbers, targets: _Numbers, penalty: float) -> _Numbers:
-    """Weights (k,) and bias of the penalised logistic regression on inputs (n, k)."""
-    design = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
-    ridge = np.append(np.full(inputs.shape[1], max(penalty, _LEAST_PENALTY)), 0.0)
-
-    def loss(theta: _Numbers) -> float:
-        score = design @ theta
-        return float((np.logaddexp(0.0, score) - targets * score).sum() + 0.5 * (ridge * theta * theta).sum())
-
-    theta: _Numbers = np.zeros(design.shape[1])
-    theta[-1] = math.log(targets.mean() / (1 - targets.mean()))
-    value = loss(theta)
-    for _ in range(_STEPS):
-        p = 1.0 / (1.0 + np.exp(-np.clip(design @ theta, -_SURE, _SURE)))
-        slope = design.T @ (p - targets) + ridge * theta
-        bend = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
-        bend[-1, -1] += _LEAST_PENALTY
-        step = np.linalg.solve(bend, slope)
-        if float(slope @ step) < _CONVERGED * max(value, 1.0):
-            break
-        size = 1.0
-        while (lower := loss(theta - size * step)) > value and size > _SMALLEST_STEP:
-            size /= 2
-        if lower > value:
-            break
-        theta, value = theta - size * step, lower
-    return theta

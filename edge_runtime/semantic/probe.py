@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
+from ..logistic import log_odds_alone, logistic_regression, probability
 from ..metrics import auroc
 from ..types import Floats
 
@@ -23,12 +24,8 @@ _FEWEST_OF_A_KIND = 5
 _FOLDS = 5
 _PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01)  # per input; the strongest of equally good ones is taken
 _FAR = 8.0  # standard deviations: what lies further out was not seen when the probe was fitted
-_SURE = 40.0  # log-odds: as good as certain, and yet finite
 _TINY_SHARE = 1e-6
 _CONSTANT = 1e-6
-_STEPS = 60
-_SMALLEST_STEP = 1e-6
-_CONVERGED = 1e-12
 
 _Numbers = NDArray[np.float64]
 
@@ -77,7 +74,7 @@ class Probe:
             raise ValueError(f"states of shape {states.shape} for a probe of width {self.n_embd}")
         with np.errstate(invalid="ignore"):  # infinity is far out, NaN stays what it is
             inputs = np.clip((states.astype(np.float64) - self.mean) / self.scale, -_FAR, _FAR)
-        return np.asarray(_probability(inputs @ self.weights.astype(np.float64) + self.bias), np.float32)
+        return np.asarray(probability(inputs @ self.weights.astype(np.float64) + self.bias), np.float32)
 
 
 def best_split(entropies: Floats) -> float:
@@ -158,7 +155,7 @@ def _held_out(states: Floats, high: NDArray[np.bool_], penalties: tuple[float, .
         fitted = _logistic(_standardised(states[~held], mean, scale), high[~held], penalties)
         others = _standardised(states[held], mean, scale)
         for column, theta in zip(found, fitted, strict=True):
-            column[held] = _probability(others @ theta[:-1] + theta[-1])
+            column[held] = probability(others @ theta[:-1] + theta[-1])
     return found
 
 
@@ -188,10 +185,6 @@ def _log_loss(probabilities: _Numbers, high: NDArray[np.bool_]) -> float:
     return float(-np.log(np.where(high, p, 1 - p)).mean())
 
 
-def _probability(log_odds: _Numbers) -> _Numbers:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(log_odds, -_SURE, _SURE))))
-
-
 def _logistic(inputs: _Numbers, high: NDArray[np.bool_], penalties: tuple[float, ...] | list[float]) -> list[_Numbers]:
     """Weights (d,) and bias of the regression on inputs (n, d), for each penalty.
 
@@ -203,36 +196,8 @@ def _logistic(inputs: _Numbers, high: NDArray[np.bool_], penalties: tuple[float,
     n_high, n_low = int(high.sum()), int((~high).sum())
     targets = np.where(high, (n_high + 1) / (n_high + 2), 1 / (n_low + 2))
     found = []
-    theta: _Numbers = np.zeros(inside.shape[1] + 1)
-    theta[-1] = math.log(targets.mean() / (1 - targets.mean()))
+    theta = log_odds_alone(targets, inside.shape[1] + 1)
     for penalty in penalties:  # each begins where the one before ended
-        theta = _minimised(inside, targets, penalty * d, theta)
+        theta = logistic_regression(inside, targets, penalty * d, theta)
         found.append(theta if basis is None else np.append(basis @ theta[:-1], theta[-1]))
     return found
-
-
-def _minimised(inputs: _Numbers, targets: _Numbers, penalty: float, theta: _Numbers) -> _Numbers:
-    """Newton's method (iteratively reweighted least squares) from `theta`, its steps halved where they lead uphill."""
-    design = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
-    ridge = np.append(np.full(inputs.shape[1], penalty), 0.0)
-
-    def loss(theta: _Numbers) -> float:
-        score = design @ theta
-        return float((np.logaddexp(0.0, score) - targets * score).sum() + 0.5 * (ridge * theta * theta).sum())
-
-    value = loss(theta)
-    for _ in range(_STEPS):
-        p = _probability(design @ theta)
-        slope = design.T @ (p - targets) + ridge * theta
-        bend = (design * (p * (1 - p))[:, None]).T @ design
-        bend[np.diag_indices_from(bend)] += ridge + _TINY_SHARE
-        step = np.linalg.solve(bend, slope)
-        if float(slope @ step) < _CONVERGED * max(value, 1.0):
-            break
-        size = 1.0
-        while (lower := loss(theta - size * step)) > value and size > _SMALLEST_STEP:
-            size /= 2
-        if lower > value:
-            break
-        theta, value = theta - size * step, lower
-    return theta
