@@ -322,7 +322,7 @@ def token_times(steered: Steerable, say: Say) -> dict[int, TokenTimes]:
     options = steered.options
     most = options.n_threads or default_threads()
     # more threads than the machine has are never tried, unless the run itself has so many
-    counts = [*range(1, min(most, os.cpu_count() or most) + 1), *([most] if most > (os.cpu_count() or most) else [])]
+    counts = sorted({*range(1, min(most, os.cpu_count() or most) + 1), most})
     exits = options.mode is Mode.EXIT
     batch = min(LATE_BATCH, engine_settings(options).cap + 1, options.n_batch) if exits else 0
     kept = Kept(
